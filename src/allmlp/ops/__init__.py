@@ -1,0 +1,17 @@
+"""Functions on tensors: each operator's plain reference and, beside it, the form the layers use."""
+
+from allmlp.ops.axial_shift import axial_shift, axial_shift_reference
+from allmlp.ops.spatial_gating import spatial_gating, spatial_gating_reference
+from allmlp.ops.spatial_shift import spatial_shift, spatial_shift_reference
+from allmlp.ops.split_attention import split_attention, split_attention_reference
+
+__all__ = [
+    "axial_shift",
+    "axial_shift_reference",
+    "spatial_gating",
+    "spatial_gating_reference",
+    "spatial_shift",
+    "spatial_shift_reference",
+    "split_attention",
+    "split_attention_reference",
+]
