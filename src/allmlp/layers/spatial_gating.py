@@ -131,7 +131,9 @@ class SpatialGatingUnit(nn.Module):
         residual = None
         if self.attention is not None:
             if block_input is None:
-                raise ValueError("a spatial gating unit with tiny attention needs block_input, the block's normalised input")
+                raise ValueError(
+                    "a spatial gating unit with tiny attention needs block_input, the block's normalised input"
+                )
             residual = self.attention(block_input, mask)
         return spatial_gating(u, self.norm(v), weight, bias, residual, self.gate_act)
 

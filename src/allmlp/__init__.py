@@ -1,0 +1,35 @@
+"""Every all-MLP architecture: vision models are timm models, language models are transformers models.
+
+Importing this package registers them with both libraries.
+"""
+
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from allmlp._version import __version__
+
+# What is not needed to build a model is imported when it is first asked for.
+_LAZY = {
+    "load": "allmlp.checkpoints",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _is_command_line() -> bool:
+    """Whether this process is the `allmlp` command, or `python -m allmlp`, which Python imports with argv[0] == "-m"."""
+    return bool(sys.argv) and (sys.argv[0] == "-m" or Path(sys.argv[0]).stem == "allmlp")
+
+
+# The command line answers --help before it loads torch; its commands import the rooms they need.
+if not _is_command_line():
+    import_module("allmlp.vision")
+    import_module("allmlp.language")
+
+__all__ = ["__version__", *_LAZY]

@@ -1,0 +1,21 @@
+"""ResMLP's normalisation-free rescaling (arXiv 2105.03404, section 2)."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class Affine(nn.Module):
+    """`y = alpha ⊙ x + beta`, one factor and one offset a channel, starting as the identity.
+
+    Args:
+        channels: size of the last dimension.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.ones(channels))
+        self.beta = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Float[Tensor, "*batch channels"]) -> Float[Tensor, "*batch channels"]:
+        return torch.addcmul(self.beta, self.alpha, x)

@@ -1,0 +1,44 @@
+"""AS-MLP's token mixer (arXiv 2107.08391, figure 2)."""
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from allmlp.layers.sample_norm import SampleNorm
+from allmlp.ops import axial_shift
+from allmlp.ops.axial_shift import check_shift_size
+
+
+class AxialShift(nn.Module):
+    """Mix tokens by shifting channel groups along the width and along the height, between channel projections.
+
+    `h = GELU(norm1(conv1(x)))`, then
+    `y = conv3(norm2(GELU(conv2_1(shift_W(h))) + GELU(conv2_2(shift_H(h)))))`. The projections are the paper's 1×1
+    convolutions, written as linear maps of the last dimension.
+
+    Args:
+        channels: width of input and output.
+        shift_size: number of offsets, odd; see `ops.axial_shift`.
+        drop: dropout rate of the output.
+    """
+
+    def __init__(self, channels: int, shift_size: int = 5, drop: float = 0.0) -> None:
+        super().__init__()
+        check_shift_size(shift_size)
+        self.shift_size = shift_size
+        self.conv1 = nn.Linear(channels, channels)
+        self.norm1 = SampleNorm(channels)
+        self.act = nn.GELU()
+        self.conv2_1 = nn.Linear(channels, channels)
+        self.conv2_2 = nn.Linear(channels, channels)
+        self.norm2 = SampleNorm(channels)
+        self.conv3 = nn.Linear(channels, channels)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Float[Tensor, "batch height width channels"]) -> Float[Tensor, "batch height width channels"]:
+        x = self.act(self.norm1(self.conv1(x)))
+        along_width = self.act(self.conv2_1(axial_shift(x, self.shift_size, "width")))
+        along_height = self.act(self.conv2_2(axial_shift(x, self.shift_size, "height")))
+        return self.drop(self.conv3(self.norm2(along_width + along_height)))
+
+    def extra_repr(self) -> str:
+        return f"shift_size={self.shift_size}"

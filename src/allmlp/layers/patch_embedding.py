@@ -1,0 +1,122 @@
+"""Images to maps of patch embeddings, and maps to coarser maps."""
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from timm.layers import PatchEmbed
+from torch import Tensor, nn
+
+
+class PatchEmbedding(PatchEmbed):
+    """timm's patch embedding with channels last: a convolution with kernel and stride `patch_size`, then a norm.
+
+    Args:
+        img_size: (height, width) in pixels.
+        patch_size: (height, width) of a patch in pixels.
+        in_chans: channels of the image.
+        channels: width of the embedding.
+        norm_layer: norm of the channels-last map; none by default.
+        fixed_size: the model mixes a fixed number of tokens: patches must tile the image, and inputs must have
+            `img_size`. Otherwise any input is taken, padded with zeros to whole patches.
+
+    Raises:
+        ValueError: with `fixed_size`, for a size no patch grid fits, naming the nearest that do; for such an input.
+    """
+
+    def __init__(
+        self,
+        img_size: tuple[int, int],
+        patch_size: tuple[int, int],
+        in_chans: int,
+        channels: int,
+        norm_layer: Callable[[int], nn.Module] | None = None,
+        *,
+        fixed_size: bool,
+    ) -> None:
+        if fixed_size:
+            check_patches_tile(img_size, patch_size)
+        super().__init__(
+            img_size if fixed_size else None,
+            patch_size,  # type: ignore[arg-type]  (timm takes a pair as well)
+            in_chans,
+            channels,
+            output_fmt="NHWC",
+            dynamic_img_pad=not fixed_size,
+        )
+        if norm_layer is not None:
+            self.norm = norm_layer(channels)
+
+    def forward(self, x: Float[Tensor, "batch chans height width"]) -> Float[Tensor, "batch rows columns channels"]:
+        if self.img_size is not None and x.shape[-2:] != self.img_size:
+            raise ValueError(
+                f"the image is {_size(tuple(x.shape[-2:]))} pixels, this model was built for {_size(self.img_size)}; "
+                "build it with img_size=(height, width)"
+            )
+        return super().forward(x).contiguous()
+
+
+class PatchMerging(nn.Module):
+    """Halve the map: each 2×2 neighbourhood's channels side by side, normalised, projected to `out_channels`.
+
+    The order is (h0 w0, h1 w0, h0 w1, h1 w1), as in AS-MLP's checkpoints. Odd sizes are padded with zeros below and on
+    the right.
+
+    Args:
+        channels: width of the input.
+        out_channels: width of the output.
+        norm_layer: norm of the concatenated `4 · channels`.
+    """
+
+    def __init__(self, channels: int, out_channels: int, norm_layer: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.norm = norm_layer(4 * channels)
+        self.reduction = nn.Linear(4 * channels, out_channels, bias=False)
+
+    def forward(
+        self, x: Float[Tensor, "batch height width channels"]
+    ) -> Float[Tensor, "batch half_height half_width out_channels"]:
+        x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
+        # B batch, H and W halved sizes, y and x position inside the neighbourhood
+        x_BHyWxC = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
+        return self.reduction(self.norm(x_BHyWxC.permute(0, 1, 3, 4, 2, 5).flatten(3)))
+
+
+class PatchDownsampling(nn.Module):
+    """Halve the map by a 2×2 convolution of stride 2: the second patch embedding of ViP and S²-MLPv2.
+
+    Odd sizes are padded with zeros below and on the right.
+
+    Args:
+        channels: width of the input.
+        out_channels: width of the output.
+    """
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, out_channels, kernel_size=2, stride=2)
+
+    def forward(
+        self, x: Float[Tensor, "batch height width channels"]
+    ) -> Float[Tensor, "batch half_height half_width out_channels"]:
+        x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
+        return self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
+
+
+def check_patches_tile(img_size: tuple[int, int], patch_size: tuple[int, int]) -> None:
+    """Raise ValueError unless whole patches tile the image; the message names the nearest sizes that do."""
+    if min(img_size) < 1 or min(patch_size) < 1:
+        raise ValueError(f"sizes must be positive, got image {_size(img_size)} and patch {_size(patch_size)}")
+    if all(size % patch == 0 for size, patch in zip(img_size, patch_size, strict=True)):
+        return
+    below = tuple(max(size // patch, 1) * patch for size, patch in zip(img_size, patch_size, strict=True))
+    above = tuple(-(-size // patch) * patch for size, patch in zip(img_size, patch_size, strict=True))
+    nearest = " and ".join(dict.fromkeys((_size(below), _size(above))))
+    raise ValueError(
+        f"an image of {_size(img_size)} pixels cannot be cut into patches of {_size(patch_size)}; "
+        f"each side must be a multiple of its patch's: the nearest sizes are {nearest}"
+    )
+
+
+def _size(size: tuple[int, int]) -> str:
+    return f"{size[0]}×{size[1]}"

@@ -1,0 +1,70 @@
+"""Permute-MLP, the token mixer of Vision Permutator (arXiv 2106.12368, algorithm 1)."""
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from allmlp.layers.split_attention import SplitAttention
+
+
+class PermuteMLP(nn.Module):
+    """Mix along the height, the width and the channels separately, add the three up and project.
+
+    The channels are cut in `segments` of `S = channels / segments`. For the height, the `H·S` numbers that one segment
+    has in a column are mapped by one bias-free linear layer (`H·S = channels` in the paper, where `segments = H`); the
+    width likewise; the channels by a plain linear map. `y = proj(x_H + x_W + x_C)`.
+
+    Args:
+        channels: width of input and output.
+        grid_size: (height, width) of the map.
+        segments: number of segments, a divisor of `channels`.
+
+    Raises:
+        ValueError: if `segments` does not divide `channels`, or the input's map is not `grid_size`.
+    """
+
+    def __init__(self, channels: int, grid_size: tuple[int, int], segments: int) -> None:
+        super().__init__()
+        if channels % segments:
+            raise ValueError(f"segments must divide the {channels} channels, got {segments}")
+        self.grid_size = grid_size
+        self.segments = segments
+        height, width = (size * (channels // segments) for size in grid_size)
+        self.mlp_h = nn.Linear(height, height, bias=False)
+        self.mlp_w = nn.Linear(width, width, bias=False)
+        self.mlp_c = nn.Linear(channels, channels, bias=False)
+        self.proj = nn.Linear(channels, channels)
+
+    def mix(
+        self, x: Float[Tensor, "batch height width channels"]
+    ) -> tuple[Float[Tensor, "batch height width channels"], ...]:
+        """The three branches: mixed along height, width and channels."""
+        if x.shape[1:3] != self.grid_size:
+            raise ValueError(f"the input's map is {tuple(x.shape[1:3])}, this layer was built for {self.grid_size}")
+        # B batch, H height, W width, N segments, S channels of a segment
+        x_BHWNS = x.unflatten(-1, (self.segments, -1))
+        x_BWNHS = x_BHWNS.permute(0, 2, 3, 1, 4)
+        h_BWNHS = self.mlp_h(x_BWNHS.flatten(3)).unflatten(-1, x_BWNHS.shape[3:])
+        x_BHNWS = x_BHWNS.permute(0, 1, 3, 2, 4)
+        w_BHNWS = self.mlp_w(x_BHNWS.flatten(3)).unflatten(-1, x_BHNWS.shape[3:])
+        return h_BWNHS.permute(0, 3, 1, 2, 4).flatten(3), w_BHNWS.permute(0, 1, 3, 2, 4).flatten(3), self.mlp_c(x)
+
+    def forward(self, x: Float[Tensor, "batch height width channels"]) -> Float[Tensor, "batch height width channels"]:
+        h, w, c = self.mix(x)
+        return self.proj(h + w + c)
+
+    def extra_repr(self) -> str:
+        return f"grid_size={self.grid_size}, segments={self.segments}"
+
+
+class WeightedPermuteMLP(PermuteMLP):
+    """Permute-MLP with split attention in place of the sum: `y = proj(split_attention(x_H, x_W, x_C))`, ViP's default.
+
+    Arguments and errors as for `PermuteMLP`.
+    """
+
+    def __init__(self, channels: int, grid_size: tuple[int, int], segments: int) -> None:
+        super().__init__(channels, grid_size, segments)
+        self.reweight = SplitAttention(channels, 3, bias=True, layout="channel_major")
+
+    def forward(self, x: Float[Tensor, "batch height width channels"]) -> Float[Tensor, "batch height width channels"]:
+        return self.proj(self.reweight(self.mix(x)))

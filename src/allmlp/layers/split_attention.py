@@ -1,0 +1,58 @@
+"""Split attention: how ViP and S²-MLPv2 weigh their branches."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from allmlp.ops import split_attention
+
+
+class SplitAttention(nn.Module):
+    """Weigh branches by a small network of their pooled sum (S²-MLPv2, arXiv 2108.01072, eq. 3 to 5).
+
+    `a = mean over positions of Σ_k x_k`, `logits = W2 GELU(W1 a)` with hidden width `channels / 4`,
+    `y = Σ_k softmax_k(logits) ⊙ x_k`, the softmax across branches for every channel. The mean (S²-MLPv2 prints a sum)
+    keeps the result independent of the map's size.
+
+    Args:
+        channels: width of every branch.
+        branches: number of branches.
+        bias: give both linear maps a bias (ViP does, S²-MLPv2 does not).
+        layout: how the `branches · channels` outputs of `W2` are ordered: all branches of a channel together
+            (`"channel_major"`, ViP's checkpoints) or all channels of a branch (`"branch_major"`, S²-MLPv2).
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        branches: int = 3,
+        *,
+        bias: bool = False,
+        layout: Literal["channel_major", "branch_major"] = "branch_major",
+    ) -> None:
+        super().__init__()
+        if layout not in ("channel_major", "branch_major"):
+            raise ValueError(f"layout must be channel_major or branch_major, got {layout!r}")
+        self.branches = branches
+        self.layout = layout
+        self.fc1 = nn.Linear(channels, channels // 4, bias=bias)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(channels // 4, branches * channels, bias=bias)
+
+    def forward(
+        self, branches: Sequence[Float[Tensor, "batch height width channels"]]
+    ) -> Float[Tensor, "batch height width channels"]:
+        pooled = branches[0].mean((1, 2))
+        for branch in branches[1:]:
+            pooled = pooled + branch.mean((1, 2))
+        logits = self.fc2(self.act(self.fc1(pooled)))
+        if self.layout == "channel_major":
+            logits = logits.unflatten(1, (-1, self.branches)).transpose(1, 2)
+        else:
+            logits = logits.unflatten(1, (self.branches, -1))
+        return split_attention(branches, logits)
+
+    def extra_repr(self) -> str:
+        return f"branches={self.branches}, layout={self.layout!r}"

@@ -1,0 +1,87 @@
+"""The spatial shift of S²-MLP (arXiv 2106.07477, algorithm 1) and S²-MLPv2 (arXiv 2108.01072, eq. 1).
+
+The papers' in-place slice assignments read memory they have already overwritten; here the result is a new tensor.
+"""
+
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Order = Literal["width_first", "height_first"]
+_HEIGHT, _WIDTH = -3, -2
+_GROUPS: dict[str, tuple[tuple[int, int], ...]] = {
+    "width_first": ((_WIDTH, 1), (_WIDTH, -1), (_HEIGHT, 1), (_HEIGHT, -1)),
+    "height_first": ((_HEIGHT, 1), (_HEIGHT, -1), (_WIDTH, 1), (_WIDTH, -1)),
+}
+
+
+def spatial_shift_reference(
+    x: Float[Tensor, "batch height width channels"], order: Order = "width_first"
+) -> Float[Tensor, "batch height width channels"]:
+    """`spatial_shift` as a gather: every output element looks up the clamped index it comes from."""
+    groups = []
+    for part, (axis, step) in zip(_quarters(x), _GROUPS[order], strict=True):
+        source = (torch.arange(x.shape[axis], device=x.device) - step).clamp(0, x.shape[axis] - 1)
+        groups.append(part.index_select(axis, source))
+    return torch.cat(groups, dim=-1)
+
+
+def spatial_shift(
+    x: Float[Tensor, "batch height width channels"], order: Order = "width_first"
+) -> Float[Tensor, "batch height width channels"]:
+    """Move each quarter of the channels by one position, the border keeping its own value.
+
+    Quarter `g` holds the channels `[g·C//4, (g+1)·C//4)`. With `order="width_first"` (S²-MLP, and S²-MLPv2's second
+    branch) the quarters move by +1 and −1 along the width, then +1 and −1 along the height: `y[w] = x[max(w − 1, 0)]`
+    for the first. `order="height_first"` (S²-MLPv2's first branch) exchanges the axes.
+
+    Args:
+        x: any dtype and device; channels last.
+        order: which axis the first two quarters move along.
+
+    Returns:
+        A new tensor shaped like `x`.
+
+    Raises:
+        ValueError: for another `order`.
+    """
+    if order not in _GROUPS:
+        raise ValueError(f"order must be one of {', '.join(_GROUPS)}, got {order!r}")
+    return _SpatialShift.apply(x, order, False)
+
+
+def _quarters(x: Tensor) -> list[Tensor]:
+    channels = x.shape[-1]
+    edges = [g * channels // 4 for g in range(5)]
+    return [x[..., start:stop] for start, stop in pairwise(edges)]
+
+
+class _SpatialShift(torch.autograd.Function):
+    """The shift and, with `adjoint`, its transpose: each is the other's derivative, so any order of gradient exists."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, order: str, adjoint: bool) -> Tensor:
+        ctx.order, ctx.adjoint = order, adjoint
+        out = torch.empty_like(x)
+        for source, target, (axis, step) in zip(_quarters(x), _quarters(out), _GROUPS[order], strict=True):
+            size = x.shape[axis]
+            if adjoint:
+                step = -step
+            # Positions [first, last] of the target that read a neighbour; `border` is the one that does not.
+            target.narrow(axis, max(step, 0), size - 1).copy_(source.narrow(axis, max(-step, 0), size - 1))
+            border = 0 if step > 0 else size - 1
+            if adjoint:
+                # The value that was kept at the far border was also handed on by it: both gradients add up there.
+                target.narrow(axis, border, 1).zero_()
+                kept = size - 1 - border
+                target.narrow(axis, kept, 1).add_(source.narrow(axis, kept, 1))
+            else:
+                target.narrow(axis, border, 1).copy_(source.narrow(axis, border, 1))
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _SpatialShift.apply(grad, ctx.order, not ctx.adjoint), None, None

@@ -1,0 +1,189 @@
+"""What every vision family shares: patch embedding → blocks → norm → pooling → head, behind timm's model interface."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from timm.layers import trunc_normal_
+from timm.models import checkpoint, checkpoint_seq
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from allmlp.layers import PatchEmbedding
+
+POOLINGS = ("avg", "")
+
+
+class VisionMLP(nn.Module):
+    """An all-MLP image model on channels-last maps `[batch, height, width, channels]`.
+
+    The blocks lie in one flat sequence, downsampling layers among them; a feature level is the output of one of them.
+
+    Args:
+        stem: image to map.
+        blocks: maps to maps, in order.
+        levels: (index into `blocks`, channels, reduction in pixels) of every feature level.
+        norm: the norm before pooling.
+        num_classes: outputs of the head; 0 leaves the head out.
+        drop_rate: dropout rate in front of the head.
+        global_pool: `"avg"` averages over positions, `""` returns the map (and applies the head to every position).
+    """
+
+    # timm reads these two to find the channels of a feature map.
+    output_fmt = "NHWC"
+    feature_dim = -1
+
+    def __init__(
+        self,
+        *,
+        stem: PatchEmbedding,
+        blocks: Sequence[nn.Module],
+        levels: Sequence[tuple[int, int, int]],
+        norm: nn.Module,
+        num_classes: int,
+        drop_rate: float,
+        global_pool: str,
+    ) -> None:
+        super().__init__()
+        self.stem = stem
+        self.blocks = nn.Sequential(*blocks)
+        self.norm = norm
+        self.in_chans = stem.proj.in_channels
+        self.num_features = self.head_hidden_size = self.embed_dim = levels[-1][1]
+        self.feature_info = [
+            {"module": f"blocks.{index}", "num_chs": channels, "reduction": reduction}
+            for index, channels, reduction in levels
+        ]
+        self.level_indices = [index for index, _, _ in levels]
+        self.grad_checkpointing = False
+        self.head_drop = nn.Dropout(drop_rate)
+        self.reset_classifier(num_classes, global_pool)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Head from a truncated normal (std 0.02), other linear maps Glorot-uniform, zero biases.
+
+        Layers that are no `nn.Linear` have a rule of their own and keep it.
+        """
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                if name == "head":
+                    trunc_normal_(module.weight, std=0.02)
+                else:
+                    nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that weight decay leaves alone beside the one-dimensional ones: the spatial biases."""
+        return {name for name, _ in self.named_parameters() if name.endswith("sgu.bias")}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, object]:
+        """Patterns that give each parameter its depth, for layer-wise learning-rate decay."""
+        return {"stem": r"^stem", "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in backward in place of keeping its activations."""
+        self.grad_checkpointing = enable
+
+    def get_classifier(self) -> nn.Module:
+        """The head."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the head by a new one of `num_classes` outputs (0: none), and the pooling where one is named."""
+        if global_pool is not None:
+            if global_pool not in POOLINGS:
+                raise ValueError(f"global_pool must be one of {POOLINGS}, got {global_pool!r}")
+            self.global_pool = global_pool
+        self.num_classes = num_classes
+        head = nn.Identity()
+        if num_classes > 0:
+            like = self.stem.proj.weight
+            head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
+            trunc_normal_(head.weight, std=0.02)
+            nn.init.zeros_(head.bias)
+        self.head = head.train(self.training)
+
+    def forward_intermediates(
+        self,
+        x: Float[Tensor, "batch chans height width"],
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Run the model, keeping the maps of feature levels.
+
+        Args:
+            x: images.
+            indices: the last n levels for a number, all for None, else those named.
+            norm: apply the final norm to every kept map.
+            stop_early: stop behind the last kept level.
+            output_fmt: `"NCHW"` or `"NHWC"`, the layout of the kept maps.
+            intermediates_only: return the kept maps alone.
+
+        Returns:
+            The kept maps, or (final map, kept maps).
+
+        Raises:
+            ValueError: for another `output_fmt`.
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f"output_fmt must be NCHW or NHWC, got {output_fmt!r}")
+        take, last = feature_take_indices(len(self.level_indices), indices)
+        wanted = {self.level_indices[level] for level in take}
+        stop = self.level_indices[last] + 1 if stop_early else len(self.blocks)
+        kept = []
+        x = self.stem(x)
+        for index, block in enumerate(self.blocks[:stop]):
+            x = checkpoint(block, x) if self.grad_checkpointing else block(x)
+            if index in wanted:
+                kept.append(self.norm(x) if norm else x)
+        if output_fmt == "NCHW":
+            kept = [y.permute(0, 3, 1, 2).contiguous() for y in kept]
+        if intermediates_only:
+            return kept
+        return self.norm(x), kept
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what lies behind the named feature levels, norm and head where asked; returns the levels kept."""
+        take, last = feature_take_indices(len(self.level_indices), indices)
+        self.blocks = self.blocks[: self.level_indices[last] + 1]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take
+
+    def forward_features(
+        self, x: Float[Tensor, "batch chans height width"]
+    ) -> Float[Tensor, "batch rows columns channels"]:
+        """The normalised last map."""
+        x = self.stem(x)
+        x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
+        return self.norm(x)
+
+    def forward_head(self, x: Float[Tensor, "batch rows columns channels"], pre_logits: bool = False) -> Tensor:
+        """Pool a map and classify it; `pre_logits` stops in front of the head."""
+        if self.global_pool == "avg":
+            x = x.mean((1, 2))
+        x = self.head_drop(x)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Float[Tensor, "batch chans height width"]) -> Tensor:
+        """Logits `[batch, classes]`; without a head the pooled features, without pooling a map."""
+        return self.forward_head(self.forward_features(x))
+
+
+def column_levels(depth: int, channels: int, patch_size: tuple[int, int]) -> list[tuple[int, int, int]]:
+    """The feature levels of a column of equal blocks: every block."""
+    return [(index, channels, max(patch_size)) for index in range(depth)]
+
+
+def depth_decayed(drop_path_rate: float, depth: int) -> list[float]:
+    """Stochastic depth rates rising linearly from 0 in the first block to `drop_path_rate` in the last."""
+    return torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()

@@ -1,0 +1,108 @@
+"""Registration of a family's variants as timm models."""
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import to_2tuple
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_module
+
+from allmlp.layers import (
+    AxialShift,
+    PatchEmbedding,
+    PermuteMLP,
+    SpatialGatingUnit,
+    SpatialShift,
+    SplitAttention,
+    TokenLinear,
+    WeightedPermuteMLP,
+)
+from allmlp.vision.base import VisionMLP
+
+# These decide by shapes or run a custom gradient, which symbolic tracing (torch.fx) cannot follow: it calls them whole.
+for _module in (
+    AxialShift,
+    PatchEmbedding,
+    PermuteMLP,
+    SpatialGatingUnit,
+    SpatialShift,
+    SplitAttention,
+    TokenLinear,
+    WeightedPermuteMLP,
+):
+    register_notrace_module(_module)
+
+Variants = Mapping[str, Mapping[str, Any]]
+
+
+def register_family(
+    model_class: type[VisionMLP],
+    variants: Variants,
+    *,
+    fixed_input_size: bool,
+    default_levels: int | Callable[[Mapping[str, Any]], tuple[int, ...]],
+    halvings: Callable[[Mapping[str, Any]], int] = lambda arguments: 0,
+    crop_pct: Mapping[str, float] | None = None,
+) -> None:
+    """Make every variant of a family a timm model.
+
+    A variant's name ends in its image size in pixels: 32 stands for CIFAR-10 with ten classes, others for ImageNet-1k.
+
+    Args:
+        model_class: the family's model; its module becomes timm's module of these models.
+        variants: arguments of `model_class` by model name.
+        fixed_input_size: whether weights are tied to one image size.
+        default_levels: the feature levels of `features_only=True`: the last n, or a function of a variant's arguments.
+        halvings: how often a variant halves its map behind the patch embedding.
+        crop_pct: share of the resized image that evaluation crops, where it is not 0.875.
+    """
+    module = sys.modules[model_class.__module__]
+    cfgs: dict[str, Any] = {}
+    for name, arguments in variants.items():
+        size = int(name.rsplit("_", 1)[1])
+        reduction = arguments["patch_size"] * 2 ** halvings(arguments)
+        cfgs[name] = {
+            "url": "",
+            "num_classes": 10 if size == 32 else 1000,
+            "input_size": (3, size, size),
+            "pool_size": (-(-size // reduction), -(-size // reduction)),
+            "fixed_input_size": fixed_input_size,
+            "crop_pct": 1.0 if size == 32 else (crop_pct or {}).get(name, 0.875),
+            "interpolation": "bicubic",
+            "mean": IMAGENET_DEFAULT_MEAN,
+            "std": IMAGENET_DEFAULT_STD,
+            "first_conv": "stem.proj",
+            "classifier": "head",
+        }
+    vars(module)["default_cfgs"] = generate_default_cfgs(cfgs)
+    for name, arguments in variants.items():
+        levels = default_levels if isinstance(default_levels, int) else default_levels(arguments)
+        register_model(_entry_point(model_class, name, arguments, levels))
+
+
+def _entry_point(
+    model_class: type[VisionMLP], name: str, variant: Mapping[str, Any], levels: int | tuple[int, ...]
+) -> Callable[..., VisionMLP]:
+    def entry_point(pretrained: bool = False, **kwargs: Any) -> VisionMLP:
+        if kwargs.get("img_size") is not None:
+            # What prepares images for the model reads their size here.
+            overlay = {
+                "input_size": (3, *to_2tuple(kwargs["img_size"])),
+                **(kwargs.pop("pretrained_cfg_overlay", None) or {}),
+            }
+            kwargs["pretrained_cfg_overlay"] = overlay
+        return build_model_with_cfg(
+            model_class,
+            name,
+            pretrained,
+            feature_cfg={"out_indices": levels, "feature_cls": "getter"},
+            **{**variant, **kwargs},
+        )
+
+    entry_point.__name__ = entry_point.__qualname__ = name
+    entry_point.__module__ = model_class.__module__
+    entry_point.__doc__ = (
+        f"{model_class.__name__} with {', '.join(f'{key}={value}' for key, value in variant.items())}."
+    )
+    return entry_point
