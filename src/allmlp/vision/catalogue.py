@@ -1,0 +1,180 @@
+"""What models there are, with their published figures, and what a model is made of."""
+
+import fnmatch
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCard:
+    """A vision model and its figures.
+
+    Attributes:
+        name: timm's name of it.
+        family: the architecture, as its paper writes it.
+        parameters: number of parameters, counted.
+        macs: multiply-adds of one image at the model's own size, counted.
+        published_parameters: as the paper prints them.
+        published_macs: as the paper prints them.
+        top1: published ImageNet-1k accuracy in percent.
+        paper: key in docs/references.bib.
+        title: the paper's.
+        url: the paper's.
+    """
+
+    name: str
+    family: str
+    parameters: int
+    macs: int
+    published_parameters: str | None
+    published_macs: str | None
+    top1: float | None
+    paper: str
+    title: str
+    url: str
+
+
+@cache
+def _published() -> dict[str, Any]:
+    return tomllib.loads((files("allmlp") / "published.toml").read_text(encoding="utf-8"))
+
+
+def list_models(pattern: str | None = None) -> list[ModelCard]:
+    """The vision models whose name matches a shell pattern such as `"vip_*"`; all of them for None."""
+    published = _published()
+    cards = []
+    for name, entry in published["models"].items():
+        if pattern is not None and not fnmatch.fnmatch(name, pattern):
+            continue
+        printed, paper = entry.get("published", {}), published["papers"][entry["paper"]]
+        cards.append(
+            ModelCard(
+                name=name,
+                family=entry["family"],
+                parameters=entry["parameters"],
+                macs=entry["macs"],
+                published_parameters=printed.get("parameters"),
+                published_macs=printed.get("macs"),
+                top1=printed.get("top1"),
+                paper=entry["paper"],
+                title=paper["title"],
+                url=paper["url"],
+            )
+        )
+    return cards
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRow:
+    """A module that computes something itself.
+
+    Attributes:
+        name: its path in the model.
+        type: its class.
+        output: shape of its output for one image.
+        parameters: numbers it owns itself, its children's left out.
+        macs: multiply-adds it does itself, its children's left out.
+    """
+
+    name: str
+    type: str
+    output: tuple[int, ...]
+    parameters: int
+    macs: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerTable:
+    """The layers of a model in the order they run.
+
+    Attributes:
+        model: the model's name.
+        input: shape of the input.
+        rows: the layers.
+    """
+
+    model: str
+    input: tuple[int, ...]
+    rows: tuple[LayerRow, ...]
+
+    @property
+    def parameters(self) -> int:
+        return sum(row.parameters for row in self.rows)
+
+    @property
+    def macs(self) -> int:
+        return sum(row.macs for row in self.rows)
+
+    def __str__(self) -> str:
+        cells = [("layer", "type", "output", "parameters", "MACs")]
+        for row in self.rows:
+            shape = " × ".join(str(size) for size in row.output)
+            cells.append((row.name, row.type, shape, f"{row.parameters:,}", f"{row.macs:,}"))
+        total = ("total", "", "", f"{self.parameters:,}", f"{self.macs:,}")
+        widths = [max(len(line[column]) for line in (*cells, total)) for column in range(5)]
+        rule = "─" * (sum(widths) + 8)
+
+        def aligned(line: tuple[str, ...]) -> str:
+            left = (text.ljust(width) for text, width in zip(line[:3], widths[:3], strict=True))
+            right = (text.rjust(width) for text, width in zip(line[3:], widths[3:], strict=True))
+            return "  ".join((*left, *right)).rstrip()
+
+        heading = f"{self.model}, input {' × '.join(str(size) for size in self.input)}"
+        return "\n".join((heading, rule, aligned(cells[0]), rule, *map(aligned, cells[1:]), rule, aligned(total)))
+
+
+def layer_table(name: str, img_size: int | tuple[int, int] | None = None, **arguments: Any) -> LayerTable:
+    """The layer table of a timm model, made without allocating or computing anything (on the meta device).
+
+    Args:
+        name: a timm model's name.
+        img_size: image size in pixels, the model's own where None.
+        arguments: further arguments of `timm.create_model`.
+
+    Raises:
+        ValueError: for a size the model's patches do not tile.
+    """
+    import timm
+    import torch
+
+    if img_size is not None:
+        arguments["img_size"] = img_size
+    with torch.device("meta"):
+        model = timm.create_model(name, **arguments).eval()
+        chans = arguments.get("in_chans", model.pretrained_cfg["input_size"][0])
+        image = torch.empty(1, chans, *model.pretrained_cfg["input_size"][1:])
+        rows = tuple(_layer_rows(model, image))
+    return LayerTable(model=name, input=tuple(image.shape[1:]), rows=rows)
+
+
+def _layer_rows(model: Any, image: Any) -> Iterator[LayerRow]:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, module in model.named_modules():
+        module.register_forward_hook(
+            lambda _module, _inputs, output, name=name: shapes.__setitem__(name, tuple(output.shape[1:]))
+        )
+    counter = FlopCounterMode(display=False)
+    with counter:
+        model(image)
+    # The counter takes a multiply-add for two operations, and names a module by its path behind the root's class.
+    root = type(model).__name__
+    macs = {path.removeprefix(root).lstrip("."): sum(n.values()) // 2 for path, n in counter.get_flop_counts().items()}
+    modules = dict(model.named_modules())
+    for name, shape in shapes.items():
+        module = modules[name]
+        parameters = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+        children = (f"{name}.{child}" if name else child for child, _ in module.named_children())
+        own = macs.get(name, 0) - sum(macs.get(child, 0) for child in children)
+        if parameters or own:
+            yield LayerRow(name=name, type=type(module).__name__, output=shape, parameters=parameters, macs=own)
