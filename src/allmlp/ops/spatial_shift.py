@@ -21,11 +21,14 @@ _GROUPS: dict[str, tuple[tuple[int, int], ...]] = {
 def spatial_shift_reference(
     x: Float[Tensor, "batch height width channels"], order: Order = "width_first"
 ) -> Float[Tensor, "batch height width channels"]:
-    """`spatial_shift` as a gather: every output element looks up the clamped index it comes from."""
+    """`spatial_shift` as slices of a map whose border is repeated once; what tracing compilers are given to fuse."""
+    repeated = {
+        axis: torch.cat((x.narrow(axis, 0, 1), x, x.narrow(axis, x.shape[axis] - 1, 1)), axis)
+        for axis in (_HEIGHT, _WIDTH)
+    }
     groups = []
-    for part, (axis, step) in zip(_quarters(x), _GROUPS[order], strict=True):
-        source = (torch.arange(x.shape[axis], device=x.device) - step).clamp(0, x.shape[axis] - 1)
-        groups.append(part.index_select(axis, source))
+    for (start, stop), (axis, step) in zip(_quarters(x), _GROUPS[order], strict=True):
+        groups.append(repeated[axis].narrow(axis, 1 - step, x.shape[axis])[..., start:stop])
     return torch.cat(groups, dim=-1)
 
 
@@ -50,31 +53,36 @@ def spatial_shift(
     """
     if order not in _GROUPS:
         raise ValueError(f"order must be one of {', '.join(_GROUPS)}, got {order!r}")
+    if torch.compiler.is_compiling():
+        return spatial_shift_reference(x, order)
     return _SpatialShift.apply(x, order, False)
 
 
-def _quarters(x: Tensor) -> list[Tensor]:
-    channels = x.shape[-1]
-    edges = [g * channels // 4 for g in range(5)]
-    return [x[..., start:stop] for start, stop in pairwise(edges)]
+def _quarters(x: Tensor) -> list[tuple[int, int]]:
+    """First channel of each group and the one behind its last."""
+    return list(pairwise(g * x.shape[-1] // 4 for g in range(5)))
 
 
 class _SpatialShift(torch.autograd.Function):
-    """The shift and, with `adjoint`, its transpose: each is the other's derivative, so any order of gradient exists."""
+    """The shift and, with `adjoint`, its transpose: each is the other's derivative, so any order of gradient exists.
+
+    Every element is written once, where autograd through slices would fill and add whole maps.
+    """
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx, x: Tensor, order: str, adjoint: bool) -> Tensor:
-        ctx.order, ctx.adjoint = order, adjoint
+    def forward(x: Tensor, order: str, adjoint: bool) -> Tensor:
         out = torch.empty_like(x)
-        for source, target, (axis, step) in zip(_quarters(x), _quarters(out), _GROUPS[order], strict=True):
-            size = x.shape[axis]
+        for (start, stop), (axis, step) in zip(_quarters(x), _GROUPS[order], strict=True):
+            source, target, size = x[..., start:stop], out[..., start:stop], x.shape[axis]
             if adjoint:
                 step = -step
-            # Positions [first, last] of the target that read a neighbour; `border` is the one that does not.
             target.narrow(axis, max(step, 0), size - 1).copy_(source.narrow(axis, max(-step, 0), size - 1))
+            # Nothing moves to the border that the values move away from.
             border = 0 if step > 0 else size - 1
             if adjoint:
-                # The value that was kept at the far border was also handed on by it: both gradients add up there.
+                # Forward, the opposite border kept its value and handed it on as well: both gradients add up there.
                 target.narrow(axis, border, 1).zero_()
                 kept = size - 1 - border
                 target.narrow(axis, kept, 1).add_(source.narrow(axis, kept, 1))
@@ -83,5 +91,13 @@ class _SpatialShift(torch.autograd.Function):
         return out
 
     @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, str, bool], output: Tensor) -> None:
+        _, ctx.order, ctx.adjoint = inputs
+
+    @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         return _SpatialShift.apply(grad, ctx.order, not ctx.adjoint), None, None
+
+    @staticmethod
+    def jvp(ctx, tangent: Tensor, order: None, adjoint: None) -> Tensor:
+        return _SpatialShift.apply(tangent, ctx.order, ctx.adjoint)
