@@ -3,6 +3,8 @@
 The weight multiplies from the left, so tokens are mixed without transposing the activations.
 """
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -43,12 +45,15 @@ class TokenMixingMLP(nn.Module):
         tokens: number of tokens.
         hidden: width of the hidden layer, the paper's D_S.
         drop: dropout rate after each layer.
+        act_layer: makes the activation.
     """
 
-    def __init__(self, tokens: int, hidden: int, drop: float = 0.0) -> None:
+    def __init__(
+        self, tokens: int, hidden: int, drop: float = 0.0, act_layer: Callable[[], nn.Module] = nn.GELU
+    ) -> None:
         super().__init__()
         self.fc1 = TokenLinear(tokens, hidden)
-        self.act = nn.GELU()
+        self.act = act_layer()
         self.drop1 = nn.Dropout(drop)
         self.fc2 = TokenLinear(hidden, tokens)
         self.drop2 = nn.Dropout(drop)

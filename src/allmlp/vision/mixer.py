@@ -1,6 +1,8 @@
 """MLP-Mixer: Tolstikhin et al., "MLP-Mixer: An all-MLP Architecture for Vision" (arXiv 2105.01601)."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
 from jaxtyping import Float
 from timm.layers import DropPath, Mlp, to_2tuple
@@ -32,6 +34,10 @@ VARIANTS = {
     },
 }
 
+# The authors' JAX code computes the approximation; ports to PyTorch compute the exact function.
+Activation = Literal["gelu", "gelu_tanh"]
+_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"gelu": nn.GELU, "gelu_tanh": partial(nn.GELU, approximate="tanh")}
+
 
 class MixerBlock(nn.Module):
     """Token mixing, then channel mixing, both pre-norm residual: `u = x + TM(LN(x))`, `y = u + CM(LN(u))` (eq. 1).
@@ -41,6 +47,7 @@ class MixerBlock(nn.Module):
         tokens: number of tokens, S.
         token_hidden: hidden width of token mixing, D_S.
         channel_hidden: hidden width of channel mixing, D_C.
+        act_layer: makes the activation of both.
         norm_eps: epsilon of the norms.
         drop: dropout rate inside both.
         drop_path: stochastic depth rate.
@@ -53,15 +60,16 @@ class MixerBlock(nn.Module):
         token_hidden: int,
         channel_hidden: int,
         *,
+        act_layer: Callable[[], nn.Module] = nn.GELU,
         norm_eps: float = 1e-6,
         drop: float = 0.0,
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(channels, eps=norm_eps)
-        self.mlp_tokens = TokenMixingMLP(tokens, token_hidden, drop)
+        self.mlp_tokens = TokenMixingMLP(tokens, token_hidden, drop, act_layer)
         self.norm2 = nn.LayerNorm(channels, eps=norm_eps)
-        self.mlp_channels = Mlp(channels, channel_hidden, drop=drop)
+        self.mlp_channels = Mlp(channels, channel_hidden, act_layer=act_layer, drop=drop)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Float[Tensor, "batch height width channels"]) -> Float[Tensor, "batch height width channels"]:
@@ -81,6 +89,7 @@ class Mixer(VisionMLP):
         embed_dim: width, C.
         token_hidden: hidden width of token mixing, D_S.
         channel_hidden: hidden width of channel mixing, D_C.
+        act_layer: `"gelu"`, or `"gelu_tanh"` for its tanh approximation.
         norm_eps: epsilon of the norms.
         drop_rate: dropout rate in front of the head.
         proj_drop_rate: dropout rate inside the blocks.
@@ -98,12 +107,15 @@ class Mixer(VisionMLP):
         embed_dim: int = 512,
         token_hidden: int = 256,
         channel_hidden: int = 2048,
+        act_layer: Activation = "gelu",
         norm_eps: float = 1e-6,
         drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         global_pool: str = "avg",
     ) -> None:
+        if act_layer not in _ACTIVATIONS:
+            raise ValueError(f"act_layer must be one of {', '.join(_ACTIVATIONS)}, got {act_layer!r}")
         stem = PatchEmbedding(to_2tuple(img_size), to_2tuple(patch_size), in_chans, embed_dim, fixed_size=True)
         block = partial(
             MixerBlock,
@@ -111,6 +123,7 @@ class Mixer(VisionMLP):
             stem.num_patches,
             token_hidden,
             channel_hidden,
+            act_layer=_ACTIVATIONS[act_layer],
             norm_eps=norm_eps,
             drop=proj_drop_rate,
         )
