@@ -1,0 +1,226 @@
+"""A run directory: a model as plain files, loadable by transformers, by timm and by `load`.
+
+For images it is what transformers calls a TimmWrapper checkpoint: `config.json` names timm's architecture with its
+arguments, `model.safetensors` holds timm's own keys.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from allmlp.errors import UserError, nearest
+
+CONFIG, WEIGHTS, RECIPE, METRICS, REPORT = "config.json", "model.safetensors", "recipe.yaml", "metrics.json", "report"
+CHECKPOINT = "checkpoint-"
+VISION = "timm_wrapper"
+_PREFIX = "timm_model."
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside `path` that becomes `path` when the block ends well, and vanishes when it does not."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        temporary = Path(folder) / path.name
+        yield temporary
+        os.replace(temporary, path)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a text file all at once: a reader sees the old one or the new one."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Writes a JSON file all at once."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def classifier(model: nn.Module, architecture: str, model_args: Mapping[str, Any], classes: Sequence[str]) -> Any:
+    """A timm model as transformers' image classifier, the same weights inside.
+
+    Args:
+        model: The timm model; its `pretrained_cfg` says how images are prepared for it.
+        architecture: Its name in timm.
+        model_args: What `timm.create_model` needs beside the name and the number of classes.
+        classes: The classes' names, in the order of the outputs.
+
+    Returns:
+        `TimmWrapperForImageClassification`.
+    """
+    from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
+
+    config = TimmWrapperConfig(
+        architecture=architecture,
+        model_args=dict(model_args) or None,
+        num_labels=len(classes),
+        id2label=dict(enumerate(classes)),
+        label2id={name: index for index, name in enumerate(classes)},
+        pretrained_cfg=_plain({**model.pretrained_cfg, "num_classes": len(classes), "label_names": None}),
+    )
+    # on the meta device, since transformers would initialise the weights anew
+    with torch.device("meta"):
+        wrapped = TimmWrapperForImageClassification(config)
+    wrapped.timm_model = model
+    return wrapped
+
+
+def plain_state_dict(wrapped: nn.Module) -> dict[str, Tensor]:
+    """The weights under timm's own names."""
+    return {name.removeprefix(_PREFIX): tensor for name, tensor in wrapped.state_dict().items()}
+
+
+def save_classifier(wrapped: Any, directory: str | Path) -> None:
+    """Writes `config.json` and `model.safetensors`, each all at once.
+
+    Args:
+        wrapped: What `classifier` gives.
+        directory: The run directory; made where it is missing.
+    """
+    directory = Path(directory)
+    weights = {name: tensor.contiguous() for name, tensor in plain_state_dict(wrapped).items()}
+    with atomic_path(directory / WEIGHTS) as temporary:
+        save_file(weights, temporary, metadata={"format": "pt"})
+    wrapped.config.architectures = [type(wrapped).__name__]
+    write_text(directory / CONFIG, wrapped.config.to_json_string(use_diff=True))
+
+
+def read_config(directory: str | Path) -> dict[str, Any]:
+    """A run directory's `config.json`.
+
+    Raises:
+        UserError: It is no run directory; the message says what is there instead.
+    """
+    directory = Path(directory)
+    path = directory / CONFIG
+    if not directory.is_dir():
+        raise UserError(f"There is no run directory {directory}.")
+    if not path.is_file():
+        checkpoint = last_checkpoint(directory)
+        hint = f" Its training did not finish; the last checkpoint is {checkpoint}." if checkpoint else ""
+        raise UserError(f"{directory} is no run directory: it has no {CONFIG}.{hint}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise UserError(f"{path} does not say what kind of model it describes (model_type).")
+    return config
+
+
+def load(source: str | Path) -> nn.Module:
+    """The model of a run directory, ready to use: timm's module for images, in eval mode, on the CPU.
+
+    Its `pretrained_cfg` says how images are prepared for it and holds the classes' names under `label_names`.
+
+    Args:
+        source: A run directory or one of its checkpoints.
+
+    Raises:
+        UserError: It is no run directory, its architecture is unknown, or config and weights do not match.
+    """
+    config = read_config(source)
+    if config["model_type"] != VISION:
+        raise UserError(f"{source} holds a model of type '{config['model_type']}', which allmlp does not know.")
+    return load_classifier(source, config)
+
+
+def load_classifier(directory: str | Path, config: Mapping[str, Any]) -> nn.Module:
+    """The timm model that a configuration describes, with the weights beside it, in eval mode."""
+    import allmlp.vision  # noqa: F401 registers the architectures with timm
+
+    cfg = {**config["pretrained_cfg"], "num_classes": config["num_classes"]}
+    model = create_model(
+        config["architecture"], pretrained_cfg=cfg, num_classes=config["num_classes"], **config.get("model_args") or {}
+    )
+    model.pretrained_cfg = {**cfg, "label_names": config.get("label_names")}
+    weights = Path(directory) / WEIGHTS
+    try:
+        state = load_file(weights)
+    # safetensors has one exception of its own for every broken file
+    except Exception as error:
+        raise UserError(f"{weights} cannot be read: {error}") from error
+    load_weights(model, {name.removeprefix(_PREFIX): tensor for name, tensor in state.items()}, str(directory))
+    return model.eval()
+
+
+def create_model(architecture: str, **arguments: Any) -> nn.Module:
+    """`timm.create_model` with a clear message.
+
+    Raises:
+        UserError: timm knows no such model (the nearest names are offered), or the model no such argument.
+    """
+    if not timm.is_model(architecture.split(".")[0]):
+        raise UserError(f"There is no model '{architecture}'.{nearest(architecture, timm.list_models())}")
+    try:
+        return timm.create_model(architecture, **arguments)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise UserError(f"{architecture} cannot be made with these arguments: {error}") from error
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+    """Loads weights, all of them and no others.
+
+    Raises:
+        UserError: Model and weights do not match; the message lists what is missing, unexpected or of another shape.
+    """
+    wanted = model.state_dict()
+    problems = {
+        "missing": [name for name in wanted if name not in state],
+        "unexpected": [name for name in state if name not in wanted],
+        "of another shape": [
+            f"{name} {list(state[name].shape)} instead of {list(wanted[name].shape)}"
+            for name in wanted
+            if name in state and state[name].shape != wanted[name].shape
+        ],
+    }
+    found = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in problems.items() if names]
+    if found:
+        raise UserError(f"The weights of {where} do not match the model.\n  " + "\n  ".join(found))
+    model.load_state_dict(state)
+
+
+def last_checkpoint(directory: str | Path, needed: Sequence[str] = ("trainer_state.json",)) -> Path | None:
+    """The newest checkpoint in a run directory that holds all the files needed, if there is one."""
+    complete = [
+        path
+        for path in Path(directory).glob(f"{CHECKPOINT}*")
+        if path.name.removeprefix(CHECKPOINT).isdigit() and all((path / name).is_file() for name in needed)
+    ]
+    return max(complete, key=lambda path: int(path.name.removeprefix(CHECKPOINT)), default=None)
+
+
+def clear(directory: str | Path) -> None:
+    """Removes what a former run left in its directory, and nothing else."""
+    directory = Path(directory)
+    for path in [*directory.glob(f"{CHECKPOINT}*"), directory / REPORT, directory / "tensorboard"]:
+        shutil.rmtree(path, ignore_errors=True)
+    for name in (CONFIG, WEIGHTS, RECIPE, METRICS):
+        (directory / name).unlink(missing_ok=True)
+
+
+def _listed(names: Sequence[str], count: int = 8) -> str:
+    return ", ".join(names[:count]) + (f", … ({len(names) - count} more)" if len(names) > count else "")
+
+
+def _plain(value: Any) -> Any:
+    """JSON's types only."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items() if item is not None}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,199 @@
+"""Labelled images as batches for a model: transformed one by one, normalised and mixed as a whole.
+
+Legend of the shapes: B images, C channels, H × W pixels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from timm.data import Mixup, create_transform
+from timm.data.auto_augment import AugmentOp
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import transforms
+
+from allmlp.data.images import IMAGE_MODES
+from allmlp.data.labelled_images import LabelledImages, UnreadableImage, decode
+from allmlp.errors import UserError
+
+ImageTransform = transforms.Compose
+"""From a PIL image to uint8 `[C, H, W]`."""
+
+
+class ImageBatches(Dataset):
+    """A data set whose batch is made in one go.
+
+    `__getitems__(indices)` gives `{"pixel_values": Float[B, C, H, W], "labels": Int[B]}`; where images are mixed, the
+    labels are `Float[B, classes]`. What is random about it depends on the seed, the epoch and the batch's first index
+    alone: not on the number of worker processes, and not on what happened before, so that a resumed training sees the
+    same pixels as one that was never interrupted.
+
+    Args:
+        images: The images and their classes.
+        transform: From a PIL image to uint8 pixels of the model's size.
+        mean: Subtracted from the pixels (after scaling them to 0…1), per channel.
+        std: Divides them then, per channel.
+        mix: mixup and cutmix, drawn once per batch; a batch of odd length stays as it is.
+        erase: Erases rectangles of the normalised images.
+        seed: Seed of the augmentation; None leaves the random state alone, for a transform without chance.
+    """
+
+    def __init__(
+        self,
+        images: LabelledImages,
+        transform: ImageTransform,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        mix: Mixup | None = None,
+        erase: RandomErasing | None = None,
+        seed: int | None = None,
+    ):
+        self.images, self.transform, self.mix, self.erase, self.seed = images, transform, mix, erase, seed
+        self.mode = IMAGE_MODES[len(mean)]
+        self.shift = 255 * torch.tensor(mean).view(-1, 1, 1)
+        self.scale = 1 / (255 * torch.tensor(std).view(-1, 1, 1))
+        self.epoch = 0
+        # shared with the worker processes, which are the ones to find out
+        self.broken = torch.zeros(len(images), dtype=torch.bool).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draws other augmentations from here on."""
+        self.epoch = epoch
+
+    def unreadable(self) -> list[str]:
+        """Names of the images found broken while they were decoded; their batches went without them."""
+        return [self.images.names[index] for index in self.broken.nonzero().flatten().tolist()]
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {name: value[0] for name, value in self.__getitems__([index]).items()}
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        random_state = contextlib.nullcontext() if self.seed is None else _seeded(self.seed, self.epoch, indices[0])
+        with random_state:
+            pixels, labels = [], []
+            for index in indices:
+                with contextlib.suppress(UnreadableImage):
+                    pixels.append(self._pixels(int(index)))
+                    labels.append(int(self.images.labels[index]))
+            if not pixels:
+                raise UserError(f"A whole batch cannot be read; the first of it: {self.images.names[indices[0]]}.")
+            x_BCHW, targets = self.normalised(torch.stack(pixels)), torch.tensor(labels)
+            if self.mix is not None and len(labels) % 2 == 0:
+                x_BCHW, targets = self.mix(x_BCHW, targets)
+            if self.erase is not None:
+                x_BCHW = self.erase(x_BCHW)
+            return {"pixel_values": x_BCHW, "labels": targets}
+
+    def normalised(self, pixels: UInt8[Tensor, "*batch c h w"]) -> Float[Tensor, "*batch c h w"]:
+        """(pixels / 255 - mean) / std."""
+        return pixels.float().sub_(self.shift).mul_(self.scale)
+
+    def _pixels(self, index: int) -> UInt8[Tensor, "c h w"]:
+        try:
+            return self.transform(decode(self.images.sources[index], self.mode))
+        except UnreadableImage:
+            self.broken[index] = True
+            raise
+
+
+def as_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The collate function for `ImageBatches`, whose batches need none."""
+    return batch
+
+
+def evaluation_transform(cfg: Mapping[str, Any]) -> ImageTransform:
+    """timm's resize and centre crop for a model's `pretrained_cfg`."""
+    keys = ("input_size", "interpolation", "crop_pct", "crop_mode")
+    return create_transform(**{key: cfg[key] for key in keys if cfg.get(key)}, is_training=False, use_prefetcher=True)
+
+
+def training_transform(
+    cfg: Mapping[str, Any],
+    *,
+    crop: str = "resized",
+    crop_scale: float = 0.08,
+    hflip: float = 0.5,
+    color_jitter: float = 0.0,
+    auto_augment: str | None = None,
+) -> ImageTransform:
+    """timm's augmentation for a model's `pretrained_cfg`.
+
+    Args:
+        cfg: Gives `input_size` (C, H, W), `interpolation` and `mean`.
+        crop: `resized` crops a random area and aspect ratio and resizes it; `padded` resizes the image, pads it with an
+            eighth of its size and crops at random, which is a random shift.
+        crop_scale: Smallest share of the area that a resized crop keeps.
+        hflip: Probability of a horizontal flip.
+        color_jitter: Strength of brightness, contrast and saturation jitter.
+        auto_augment: timm's policy string.
+
+    Raises:
+        UserError: timm does not know the policy.
+    """
+    try:
+        transform = create_transform(
+            cfg["input_size"],
+            is_training=True,
+            scale=(crop_scale, 1.0),
+            hflip=hflip,
+            color_jitter=color_jitter or None,
+            auto_augment=auto_augment,
+            interpolation=cfg.get("interpolation", "bilinear"),
+            mean=cfg["mean"],
+            use_prefetcher=True,
+        )
+    except (AssertionError, KeyError, ValueError, IndexError) as error:
+        raise UserError(f"auto_augment is '{auto_augment}', which is no policy of timm's: {error}") from error
+    if crop == "padded":
+        height, width = cfg["input_size"][-2:]
+        resize = evaluation_transform({**cfg, "crop_pct": 1.0}).transforms[:-1]
+        shift = transforms.RandomCrop((height, width), padding=(width // 8, height // 8))
+        transform.transforms[:1] = [*resize, shift]
+    _keep_a_bit(transform)
+    return transform
+
+
+def _keep_a_bit(transform: ImageTransform) -> None:
+    # timm's posterize goes down to 0 bits, which Pillow 13 refuses
+    for step in transform.transforms:
+        policies = [getattr(step, "ops", []), *getattr(step, "policy", [])]
+        for operation in (operation for policy in policies for operation in policy):
+            if isinstance(operation, AugmentOp) and operation.name.startswith("Posterize"):
+                operation.aug_fn = _posterized(operation.aug_fn)
+
+
+class _posterized:
+    def __init__(self, posterize: Any):
+        self.posterize = posterize
+
+    def __call__(self, image: Any, bits: int, **settings: Any) -> Any:
+        return self.posterize(image, max(bits, 1), **settings)
+
+
+@contextlib.contextmanager
+def _seeded(*key: int) -> Iterator[None]:
+    """All three random states that transforms draw from, set from the key and put back afterwards."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 timm's mixup draws from it
+    words = np.random.SeedSequence(key).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(words[1])  # noqa: NPY002
+    # not torch.manual_seed, which would also set the accelerator's, where dropout draws
+    torch.default_generator.manual_seed(int(words[2]))
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        torch.set_rng_state(states[2])

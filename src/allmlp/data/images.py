@@ -1,0 +1,167 @@
+"""Labelled images from wherever they lie: embedded digits, class folders, parquet files, the Hub."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+import numpy as np
+from tqdm import tqdm
+
+from allmlp.data import image_sources
+from allmlp.data.labelled_images import LabelledImages, UnreadableImage, decode, read_header
+from allmlp.errors import UserError
+
+_log = logging.getLogger(__name__)
+
+IMAGE_MODES = {1: "L", 3: "RGB"}
+MEMORY_LIMIT = 2**30
+"""Decoded images are kept in memory while they take no more bytes than this."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageData:
+    """A data set cut into what is learnt from and what is held out.
+
+    Attributes:
+        classes: The classes' names; a label is an index into them.
+        train: What is learnt from.
+        validation: What is held out.
+        unreadable: Names of the images left out because they could not be read, each with the reason.
+    """
+
+    classes: tuple[str, ...]
+    train: LabelledImages
+    validation: LabelledImages
+    unreadable: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageSplits:
+    """A data set as it lies there: its splits by name, `train` (or all of it) and maybe `validation`."""
+
+    classes: tuple[str, ...]
+    splits: dict[str, LabelledImages]
+    unreadable: tuple[str, ...]
+
+
+def load_images(
+    data: str,
+    *,
+    holdout: float = 0.2,
+    seed: int = 0,
+    channels: int = 3,
+    strict: bool = False,
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> ImageData:
+    """The data to train on, with something held out; arguments and errors as those of `read_images`, and:
+
+    Args:
+        holdout: Share of each class held out where the data has no validation split of its own.
+        seed: Seed of that cut.
+
+    Raises:
+        UserError: There are fewer than two classes, or a class has too few images.
+    """
+    found = read_images(data, channels=channels, strict=strict, image_column=image_column, label_column=label_column)
+    classes, train = found.classes, found.splits["train"]
+    if len(classes) < 2:
+        raise UserError(f"{data} has one class only ({classes[0]}); telling images apart takes at least two.")
+    counts = np.bincount(train.labels, minlength=len(classes))
+    if not counts.all():
+        raise UserError(f"Class '{classes[int(counts.argmin())]}' of {data} has no image that can be read.")
+    if "validation" in found.splits:
+        validation = found.splits["validation"]
+    elif counts.min() < 2:
+        raise UserError(
+            f"Class '{classes[int(counts.argmin())]}' of {data} has a single image, so none can be held out; "
+            "add images or give a validation split."
+        )
+    else:
+        train, validation = hold_out(train, holdout, seed)
+    return ImageData(classes=classes, train=train, validation=validation, unreadable=found.unreadable)
+
+
+def read_images(
+    data: str,
+    *,
+    channels: int = 3,
+    strict: bool = False,
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> ImageSplits:
+    """Finds the data and reads it once, leaving out what cannot be read.
+
+    Images that fit into `MEMORY_LIMIT` bytes are decoded now and kept; of larger data only each image's header is read.
+
+    Args:
+        data: `digits` (scikit-learn's handwritten digits), a folder of class folders (or one with such folders under
+            `train` and `val`), a parquet file, a folder of them, or a Hub dataset's name, `owner/name` or
+            `owner/name:configuration`.
+        channels: 3 for colour, 1 for grey.
+        strict: Raise at the first unreadable image instead of leaving it out with a warning.
+        image_column: Column of the images in a table; found by its type where not given.
+        label_column: Column of the classes in a table; found by its type or name where not given.
+
+    Raises:
+        UserError: There is no such data, or it has no images or no classes.
+        UnreadableImage: `strict`, and an image cannot be read.
+    """
+    if channels not in IMAGE_MODES:
+        raise UserError(f"The model takes {channels} channels; images have 1 (grey) or 3 (colour).")
+    classes, found = image_sources.find(data, image_column, label_column)
+    splits, unreadable = {}, []
+    for name, images in found.items():
+        splits[name], broken = _read(images, IMAGE_MODES[channels], strict)
+        unreadable += broken
+        if not len(splits[name]):
+            raise UserError(f"No image of {data} can be read; the first: {broken[0] if broken else 'there is none'}.")
+    if unreadable:
+        shown = ", ".join(unreadable[:5]) + (", …" if len(unreadable) > 5 else "")
+        _log.warning("left out %d of %s that cannot be read: %s", len(unreadable), data, shown)
+    return ImageSplits(classes=classes, splits=splits, unreadable=tuple(unreadable))
+
+
+def hold_out(images: LabelledImages, share: float, seed: int) -> tuple[LabelledImages, LabelledImages]:
+    """Cuts images in two, class by class, the same way for the same seed.
+
+    Args:
+        images: At least two of each class.
+        share: Part of them held out, at least one per class.
+        seed: Seed of the cut.
+
+    Returns:
+        What is kept and what is held out, each in the order of `images`.
+    """
+    from sklearn.model_selection import train_test_split
+
+    classes = len(np.unique(images.labels))
+    held_out = min(max(round(share * len(images)), classes), len(images) - classes)
+    kept, out = train_test_split(np.arange(len(images)), test_size=held_out, random_state=seed, stratify=images.labels)
+    return images.subset(np.sort(kept)), images.subset(np.sort(out))
+
+
+def _read(images: LabelledImages, mode: str, strict: bool) -> tuple[LabelledImages, list[str]]:
+    """Keeps the readable images, decoded where they all fit into memory, and names the others."""
+    pixels: list[np.ndarray] | None = []
+    readable, unreadable, size = [], [], 0
+    for index in tqdm(range(len(images)), desc="reading images", unit=" images", leave=False, disable=None, delay=1):
+        try:
+            if pixels is None:
+                read_header(images.sources[index])
+            else:
+                pixels.append(np.asarray(decode(images.sources[index], mode)))
+                size += pixels[-1].nbytes
+                pixels = pixels if size <= MEMORY_LIMIT else None
+        except UnreadableImage as error:
+            if strict:
+                raise UnreadableImage(f"{images.names[index]} cannot be read as an image: {error}") from error
+            unreadable.append(f"{images.names[index]} ({error})")
+        else:
+            readable.append(index)
+    kept = images.subset(readable) if unreadable else images
+    if pixels:
+        same_size = len({array.shape for array in pixels}) == 1
+        kept = dataclasses.replace(kept, sources=np.stack(pixels) if same_size else pixels)
+    return kept, unreadable

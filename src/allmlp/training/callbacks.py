@@ -1,0 +1,225 @@
+"""What the Trainer calls while it runs: progress on the screen, averaged weights, TensorBoard's graph, interruption."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_model, save_model
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
+
+from allmlp.checkpoints.run_directory import CHECKPOINT, atomic_path
+
+_log = logging.getLogger(__name__)
+
+EMA_WEIGHTS = "ema.safetensors"
+
+
+class Progress(TrainerCallback):
+    """A bar where somebody watches, and one line per evaluation everywhere.
+
+    Args:
+        unit: What is counted, such as `images`.
+        per_step: How many of them one optimiser step takes.
+    """
+
+    def __init__(self, unit: str, per_step: int):
+        self.unit, self.per_step = unit, per_step
+        self.bar: tqdm | None = None
+        self.loss = float("nan")
+        self.seconds = 0.0
+        self.steps = 0
+        self.since: float | None = None
+
+    @property
+    def rate(self) -> float:
+        """What is learnt from per second, evaluations and checkpoints left out."""
+        return self.steps * self.per_step / self.seconds if self.seconds else 0.0
+
+    def pause(self) -> None:
+        """Stops the clock until the next step begins."""
+        if self.since is not None:
+            self.seconds += time.perf_counter() - self.since
+            self.since = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit=" steps", leave=False, disable=None)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.since = time.perf_counter()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.since is None:
+            self.since = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.steps += 1
+        if self.bar is not None:
+            self.bar.update(1)
+        if control.should_evaluate or control.should_save:
+            self.pause()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.pause()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self.loss = logs["loss"]
+            if self.bar is not None:
+                self.bar.set_postfix(loss=f"{self.loss:.3f}", lr=f"{logs['learning_rate']:.1e}")
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        parts = [f"epoch {state.epoch:5.1f} of {args.num_train_epochs:g}", f"step {state.global_step:,}"]
+        parts += [f"loss {self.loss:.4f}", f"held-out loss {metrics['eval_loss']:.4f}"]
+        if "eval_accuracy" in metrics:
+            parts.append(f"accuracy {metrics['eval_accuracy']:.2%}")
+        parts.append(f"{self.rate:,.0f} {self.unit}/s")
+        tqdm.write("  ".join(parts), file=sys.stderr)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.pause()
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+class AveragedWeights(TrainerCallback):
+    """An exponential moving average of the weights, saved with every checkpoint.
+
+    Args:
+        decay: The average's decay per optimiser step; it starts lower and rises to this (timm's warm-up).
+        resume_from: A checkpoint to take the average from.
+    """
+
+    def __init__(self, decay: float, resume_from: Path | None = None):
+        self.decay, self.resume_from = decay, resume_from
+        self.average: ModelEmaV3 | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+        self.average = ModelEmaV3(model, decay=self.decay, use_warmup=True)
+        if self.resume_from is not None:
+            load_model(self.average.module, self.resume_from / EMA_WEIGHTS)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+        assert self.average is not None
+        self.average.update(model, step=state.global_step)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            assert self.average is not None
+            checkpoint = Path(args.output_dir) / f"{CHECKPOINT}{state.global_step}"
+            with atomic_path(checkpoint / EMA_WEIGHTS) as temporary:
+                save_model(self.average.module, str(temporary))
+
+    @torch.no_grad()
+    def swap(self, model: nn.Module) -> None:
+        """Exchanges the model's weights and the average; once more puts them back."""
+        if self.average is not None:
+            for live, averaged in zip(
+                model.state_dict().values(), self.average.module.state_dict().values(), strict=True
+            ):
+                kept = live.clone()
+                live.copy_(averaged)
+                averaged.copy_(kept)
+
+    @contextlib.contextmanager
+    def swapped(self, model: nn.Module) -> Iterator[None]:
+        """Inside the block the model has the averaged weights."""
+        self.swap(model)
+        try:
+            yield
+        finally:
+            self.swap(model)
+
+
+class TensorBoard(TensorBoardCallback):
+    """The Trainer's scalars, and the model's graph.
+
+    Args:
+        directory: Where the events go.
+        module: The module to draw.
+        example: An input of it.
+        resumed_at: The step from which older events are void.
+    """
+
+    def __init__(self, directory: Path, module: nn.Module, example: Tensor, resumed_at: int | None = None):
+        from torch.utils.tensorboard import SummaryWriter
+
+        super().__init__(SummaryWriter(str(directory), purge_step=resumed_at))
+        self.module, self.example = module, example
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if not state.is_world_process_zero:
+            return
+        training = self.module.training
+        device = next(self.module.parameters()).device
+        try:
+            with warnings.catch_warnings(), torch.no_grad():
+                # drawing traces the model, which torch calls deprecated and the models' shape checks make it mention
+                warnings.simplefilter("ignore")
+                self.tb_writer.add_graph(self.module.eval(), self.example.to(device))
+        # a model that cannot be traced still trains
+        except Exception as error:
+            _log.info("TensorBoard gets no graph: %s", str(error).strip().splitlines()[0])
+        finally:
+            self.module.train(training)
+
+
+class Interruption(TrainerCallback):
+    """Ends training at the next step with a checkpoint when the process is asked to stop (Ctrl-C or SIGTERM).
+
+    Attributes:
+        asked: Whether it has been.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Inside the block the first signal asks for an orderly end, the second one ends at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        signals = (signal.SIGINT, signal.SIGTERM)
+        former = {number: signal.signal(number, self._ask) for number in signals}
+        try:
+            yield
+        finally:
+            for number, handler in former.items():
+                signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        _log.warning("stopping after this step and saving a checkpoint; once more stops at once")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.asked and state.global_step < state.max_steps:
+            control.should_evaluate = False
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.asked and state.global_step < state.max_steps:
+            # the checkpoint is there already
+            control.should_evaluate = False
+            control.should_save = False

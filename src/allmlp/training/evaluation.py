@@ -1,0 +1,237 @@
+"""What a trained image classifier knows: accuracy on labelled images, classes of unlabelled ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from allmlp.checkpoints import run_directory
+from allmlp.data.image_batches import ImageBatches, as_is, evaluation_transform
+from allmlp.data.images import IMAGE_MODES, load_images, read_images
+from allmlp.data.labelled_images import LabelledImages, UnreadableImage, decode
+from allmlp.errors import UserError
+from allmlp.training.recipe import VisionRecipe, make_recipe, read_settings
+
+
+def evaluation_batches(images: LabelledImages, cfg: dict[str, Any]) -> ImageBatches:
+    """Images as a model's `pretrained_cfg` wants them for evaluation."""
+    return ImageBatches(images, evaluation_transform(cfg), mean=cfg["mean"], std=cfg["std"])
+
+
+@torch.inference_mode()
+def logits_of(
+    model: nn.Module, batches: ImageBatches, batch_size: int = 256, workers: int = 0
+) -> tuple[Float[Tensor, "images classes"], Int[Tensor, " images"]]:
+    """A model's logits for labelled images, in float32 and in eval mode.
+
+    Args:
+        model: A classifier; it stays on its device.
+        batches: The images.
+        batch_size: Images per forward pass.
+        workers: Processes that prepare them.
+
+    Returns:
+        The logits, on the CPU, and the labels of the images that could be read.
+    """
+    device = next(model.parameters()).device
+    loader = DataLoader(batches, batch_size=batch_size, num_workers=workers, collate_fn=as_is)
+    training = model.training
+    model.eval()
+    results = [
+        (model(batch["pixel_values"].to(device)).float().cpu(), batch["labels"])
+        for batch in tqdm(loader, desc="evaluating", unit=" batches", leave=False, disable=None, delay=1)
+    ]
+    model.train(training)
+    logits, labels = zip(*results, strict=True)
+    return torch.cat(logits), torch.cat(labels)
+
+
+def accuracy_of(
+    logits: Float[Tensor, "images classes"], labels: Int[Tensor, " images"], classes: Sequence[str]
+) -> dict[str, Any]:
+    """Loss, top-1 and top-5 accuracy, and each class's accuracy (its recall), precision and number of images."""
+    from sklearn.metrics import precision_recall_fscore_support
+
+    predicted = logits.argmax(1)
+    precision, recall, _, support = precision_recall_fscore_support(
+        labels.numpy(), predicted.numpy(), labels=np.arange(len(classes)), zero_division=0
+    )
+    best = logits.topk(min(5, len(classes)), dim=1).indices
+    return {
+        "images": len(labels),
+        "loss": F.cross_entropy(logits, labels).item(),
+        "accuracy": (predicted == labels).float().mean().item(),
+        "top5": (best == labels[:, None]).any(1).float().mean().item(),
+        "per_class": {
+            name: {"accuracy": float(recall[i]), "precision": float(precision[i]), "images": int(support[i])}
+            for i, name in enumerate(classes)
+            if support[i]
+        },
+    }
+
+
+def evaluate(
+    run: str, data: str | None = None, *, batch_size: int = 256, strict: bool = False, workers: int = 0
+) -> dict[str, Any]:
+    """A run's accuracy on labelled images.
+
+    Of the data it was trained on, the held-out part counts; of other data its validation split, or all of it where it
+    has none. Classes are matched by name.
+
+    Args:
+        run: A run directory.
+        data: What `allmlp.data.images.read_images` takes; the run's own by default.
+        batch_size: Images per forward pass.
+        strict: Raise at an image that cannot be read.
+        workers: Processes that prepare images.
+
+    Returns:
+        What `accuracy_of` gives, with `run`, `data` and the `part` of the data that counts.
+
+    Raises:
+        UserError: The run or the data cannot be used, or the data has classes that the model does not know.
+    """
+    model = load_classifier(run)
+    cfg = model.pretrained_cfg
+    recipe = recipe_of(run)
+    data = data or (recipe.data if recipe else None)
+    if data is None:
+        raise UserError(f"{run} does not say what it was trained on; name the data to evaluate on.")
+    columns = {"image_column": recipe.image_column, "label_column": recipe.label_column} if recipe else {}
+    channels = cfg["input_size"][0]
+    if recipe and _same(data, recipe.data):
+        seen = load_images(data, holdout=recipe.holdout, seed=recipe.seed, channels=channels, strict=strict, **columns)
+        names, images, part = seen.classes, seen.validation, "held out"
+    else:
+        found = read_images(data, channels=channels, strict=strict, **columns)
+        part = "validation" if "validation" in found.splits else "train"
+        names, images = found.classes, found.splits[part]
+        part = part if len(found.splits) > 1 else "all"
+    images = relabelled(images, names, cfg["label_names"], data)
+    logits, labels = logits_of(model, evaluation_batches(images, cfg), batch_size, workers)
+    return {"run": str(run), "data": data, "part": part, **accuracy_of(logits, labels, cfg["label_names"])}
+
+
+def predict(run: str, files: Sequence[str], *, top_k: int = 5, strict: bool = False) -> list[dict[str, Any]]:
+    """The likeliest classes of image files.
+
+    Args:
+        run: A run directory.
+        files: Image files, and folders of them.
+        top_k: Classes per image.
+        strict: Raise at a file that cannot be read.
+
+    Returns:
+        For each file `{"file", "predictions": [{"label", "probability"}, …]}`, the likeliest first, or
+        `{"file", "error"}` where it cannot be read.
+
+    Raises:
+        UserError: The run cannot be used, there is no such file, or `strict` and one cannot be read.
+    """
+    model = load_classifier(run)
+    cfg = model.pretrained_cfg
+    if top_k < 1:
+        raise UserError(f"top_k is {top_k}; it must be at least 1.")
+    batches = evaluation_batches(LabelledImages(sources=[], labels=np.empty(0), names=[]), cfg)
+    results = []
+    paths = _files(files)
+    for path in tqdm(paths, desc="predicting", unit=" images", leave=False, disable=None, delay=1):
+        try:
+            image = decode(path, IMAGE_MODES[cfg["input_size"][0]])
+        except UnreadableImage as error:
+            if strict:
+                raise UnreadableImage(f"{path} cannot be read as an image: {error}") from error
+            results.append({"file": str(path), "error": str(error)})
+            continue
+        likeliest = probabilities(model, batches, image).topk(min(top_k, len(cfg["label_names"])))
+        results.append({"file": str(path), "predictions": _named(likeliest, cfg["label_names"])})
+    return results
+
+
+@torch.inference_mode()
+def probabilities(model: nn.Module, batches: ImageBatches, image: Image.Image) -> Float[Tensor, " classes"]:
+    """The classes' probabilities for one image, prepared as `batches` prepares its own."""
+    pixels = batches.normalised(batches.transform(image))
+    return model(pixels[None])[0].float().softmax(0)
+
+
+def load_classifier(run: str) -> nn.Module:
+    """The image classifier of a run directory.
+
+    Raises:
+        UserError: It is no run directory, or one of another task.
+    """
+    kind = run_directory.read_config(run)["model_type"]
+    if kind != run_directory.VISION:
+        raise UserError(f"{run} holds a model of type '{kind}', not an image classifier.")
+    model = run_directory.load(run)
+    if not model.pretrained_cfg.get("label_names"):
+        model.pretrained_cfg["label_names"] = [str(index) for index in range(model.num_classes)]
+    return model
+
+
+def recipe_of(run: str) -> VisionRecipe | None:
+    """The recipe a run was trained with, where it has one."""
+    path = Path(run) / run_directory.RECIPE
+    if not path.is_file():
+        path = Path(run).parent / run_directory.RECIPE
+        if not path.is_file():
+            return None
+    settings = read_settings(path)
+    settings.pop("task", None)
+    return make_recipe(settings, VisionRecipe, str(path))
+
+
+def relabelled(images: LabelledImages, names: Sequence[str], known: Sequence[str], data: str) -> LabelledImages:
+    """The same images, with labels that index the model's classes in place of the data's.
+
+    Raises:
+        UserError: The data has classes that the model does not know.
+    """
+    strange = [name for name in names if name not in known]
+    if strange:
+        raise UserError(
+            f"{data} has classes that the model does not know: {', '.join(strange[:8])}. "
+            f"It knows {', '.join(known[:8])}{', …' if len(known) > 8 else ''}."
+        )
+    index = np.array([known.index(name) for name in names])
+    return LabelledImages(sources=images.sources, labels=index[images.labels], names=images.names)
+
+
+def _named(likeliest: Any, classes: Sequence[str]) -> list[dict[str, Any]]:
+    return [
+        {"label": classes[index], "probability": probability}
+        for probability, index in zip(likeliest.values.tolist(), likeliest.indices.tolist(), strict=True)
+    ]
+
+
+def _files(files: Sequence[str]) -> list[Path]:
+    paths: list[Path] = []
+    for file in files:
+        path = Path(file)
+        if path.is_dir():
+            inside = sorted(child for child in path.rglob("*") if child.suffix.lower() in Image.registered_extensions())
+            if not inside:
+                raise UserError(f"{file} holds no image.")
+            paths += inside
+        elif path.exists():
+            paths.append(path)
+        else:
+            raise UserError(f"There is no file {file}.")
+    return paths
+
+
+def _same(first: str, second: str | None) -> bool:
+    if first == second:
+        return True
+    return second is not None and Path(first).exists() and Path(first).resolve() == Path(second).resolve()

@@ -1,0 +1,258 @@
+"""Recipes: every hyper-parameter's name, default and help in one place.
+
+A recipe is a frozen dataclass. The command line's flags and their help are made from its fields, a YAML file sets the
+same names, and the run directory's `recipe.yaml` holds them all, so that it repeats the run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import yaml
+
+from allmlp.errors import UserError, nearest
+
+RecipeT = TypeVar("RecipeT", bound="Recipe")
+
+
+def option(default: Any, help: str, *, flag: str | None = None, choices: tuple[str, ...] | None = None) -> Any:
+    """A recipe field.
+
+    Args:
+        default: Its value where nobody sets it; a mapping is copied for each recipe.
+        help: One line for the command line's help.
+        flag: The command line's flag, where it is not the field's name with dashes.
+        choices: The values allowed.
+    """
+    metadata = {"help": help, "flag": flag, "choices": choices}
+    if isinstance(default, Mapping):
+        return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What every training has in common, whatever the model's kind.
+
+    Raises:
+        UserError: A value is of the wrong type or out of range; the message names it.
+    """
+
+    task: ClassVar[str]
+
+    data: str | None = option(None, "what to train on (the DATA argument)")
+    model: str | None = option(None, "the model's name, as `allmlp models` lists it")
+    start_from: str | None = option(None, "fine-tune this run directory or checkpoint", flag="--from")
+    model_args: dict[str, Any] = option({}, "further arguments of the model, as YAML: '{patch_size: 2, in_chans: 1}'")  # noqa: RUF009
+
+    epochs: float = option(30.0, "passes over the training data")
+    max_steps: int | None = option(None, "stop after this many optimiser steps instead of after the epochs")
+    batch_size: int = option(64, "examples per forward pass and device")
+    accumulate: int = option(1, "forward passes per optimiser step (gradient accumulation)")
+    lr: float = option(1e-3, "peak learning rate of AdamW")
+    min_lr: float = option(0.0, "learning rate at the end of the cosine")
+    schedule: str = option("cosine", "how the rate falls after the warm-up", choices=("cosine", "linear", "constant"))
+    warmup: float = option(0.05, "warm-up: a share of the training below 1, a number of optimiser steps from 1 on")
+    weight_decay: float = option(0.05, "AdamW's weight decay; biases, norms and gains are left out")
+    beta1: float = option(0.9, "AdamW's decay of the gradient's mean")
+    beta2: float = option(0.999, "AdamW's decay of the gradient's square")
+    adam_eps: float = option(1e-8, "AdamW's epsilon")
+    clip: float = option(1.0, "largest gradient norm, 0: no clipping")
+    ema: float = option(0.0, "decay of the averaged weights, evaluated and kept in place of the last ones; 0: off")
+
+    eval_every: int = option(0, "optimiser steps between evaluations, each with a checkpoint; 0: every epoch")
+    keep: int = option(2, "checkpoints to keep")
+    log_every: int = option(10, "optimiser steps between two points of the training curve")
+    precision: str = option(
+        "auto", "auto: bf16 where the device computes in it, else fp32", choices=("auto", "bf16", "fp32")
+    )
+    compile: bool = option(False, "compile the model with torch.compile")
+    workers: int | None = option(None, "processes that prepare data; by default as many as help")
+    seed: int = option(0, "seed of the weights, the order, the augmentation and the automatic split")
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value = _coerce(field, getattr(self, field.name), hints[field.name])
+            object.__setattr__(self, field.name, value)
+        self._require("positive", lambda v: v > 0, "epochs", "lr")
+        self._require("at least 1", lambda v: v >= 1, "batch_size", "accumulate", "log_every", "keep", "max_steps")
+        self._require("at least 0", lambda v: v >= 0, "min_lr", "warmup", "weight_decay", "clip", "eval_every")
+        self._require("at least 0", lambda v: v >= 0, "workers", "seed", "adam_eps")
+        self._require("at least 0 and below 1", lambda v: 0 <= v < 1, "ema", "beta1", "beta2")
+
+    def _require(self, rule: str, holds: Callable[[Any], bool], *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not holds(value):
+                raise UserError(f"{name} is {value}; it must be {rule}.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VisionRecipe(Recipe):
+    """Image classification: timm's model, transforms and mixing."""
+
+    task: ClassVar[str] = "image-classification"
+
+    img_size: int | tuple[int, int] | None = option(
+        None, "image size in pixels: 224, or HEIGHTxWIDTH; by default the model's own"
+    )
+    holdout: float = option(0.2, "share held out, class by class, where the data has no validation split")
+    image_column: str | None = option(None, "column of the images in a parquet file or Hub dataset")
+    label_column: str | None = option(None, "column of the classes in a parquet file or Hub dataset")
+    strict: bool = option(False, "stop at an image that cannot be read instead of skipping it")
+
+    crop: str = option(
+        "resized",
+        "training crop: resized (random area and aspect) or padded (random shift)",
+        choices=("resized", "padded"),
+    )
+    crop_scale: float = option(0.08, "smallest share of the image's area that a resized crop keeps")
+    crop_pct: float | None = option(None, "share of the resized image that the centre crop of evaluation keeps")
+    hflip: float = option(0.5, "probability of a horizontal flip")
+    color_jitter: float = option(0.0, "strength of brightness, contrast and saturation jitter")
+    auto_augment: str | None = option(None, "timm's augmentation policy, for example rand-m9-mstd0.5-inc1 or original")
+    random_erasing: float = option(0.0, "probability of erasing a random rectangle")
+    mixup: float = option(0.0, "alpha of mixup, 0: off")
+    cutmix: float = option(0.0, "alpha of cutmix, 0: off")
+    mix_prob: float = option(1.0, "probability of mixing a batch")
+    mix_switch_prob: float = option(0.5, "share of cutmix where both are on")
+    label_smoothing: float = option(0.0, "label smoothing")
+    drop: float = option(0.0, "dropout in front of the classifier")
+    drop_path: float | None = option(None, "stochastic depth's largest rate; by default the model's own")
+    layer_decay: float = option(1.0, "factor on the learning rate from one layer to the one below; 1: off")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(
+            "between 0 and 1", lambda v: 0 <= v <= 1, "hflip", "random_erasing", "mix_prob", "mix_switch_prob"
+        )
+        self._require("above 0 and at most 1", lambda v: 0 < v <= 1, "crop_scale", "crop_pct", "layer_decay")
+        self._require("above 0 and below 1", lambda v: 0 < v < 1, "holdout")
+        self._require("at least 0 and below 1", lambda v: 0 <= v < 1, "label_smoothing", "drop", "drop_path")
+        self._require("at least 0", lambda v: v >= 0, "color_jitter", "mixup", "cutmix")
+        sides = self.img_size if isinstance(self.img_size, tuple) else (self.img_size or 1,)
+        if min(sides) < 1:
+            raise UserError(f"img_size is {self.img_size}; it must be positive.")
+
+
+RECIPES: dict[str, type[Recipe]] = {VisionRecipe.task: VisionRecipe}
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """The settings in a recipe file, not yet checked; `task` is among them in a run directory's `recipe.yaml`.
+
+    Raises:
+        UserError: There is no such file, or it is not a YAML mapping.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"There is no recipe at {path}.")
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} must map hyper-parameters to values, but holds {type(settings).__name__}.")
+    return settings
+
+
+def make_recipe(settings: Mapping[str, Any], kind: type[RecipeT], where: str = "the recipe") -> RecipeT:
+    """Checks settings and makes the recipe.
+
+    Args:
+        settings: Values by field name; what is not given keeps its default.
+        kind: The recipe's class.
+        where: Where the settings come from, for messages.
+
+    Raises:
+        UserError: A name is unknown (the nearest are offered), or a value is of the wrong type or out of range.
+    """
+    names = {field.name for field in dataclasses.fields(kind)}
+    for name in settings:
+        if name not in names:
+            raise UserError(f"{where} sets '{name}', which {kind.task} does not know.{nearest(str(name), names)}")
+    return kind(**settings)
+
+
+def recipe_to_yaml(recipe: Recipe) -> str:
+    """The recipe as YAML, its task first; `read_settings` and `make_recipe` give the recipe back."""
+    settings = {"task": recipe.task, **dataclasses.asdict(recipe)}
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+
+
+def _coerce(field: dataclasses.Field[Any], value: Any, hint: Any) -> Any:
+    """The value as the field's type, from YAML, the command line (text) or Python."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in options:
+        return None
+    if field.metadata["choices"] and value not in field.metadata["choices"]:
+        raise UserError(f"{field.name} is {value!r}; it must be one of {', '.join(field.metadata['choices'])}.")
+    for wanted in options:
+        try:
+            return _CONVERSIONS[typing.get_origin(wanted) or wanted](value)
+        except (ValueError, TypeError, KeyError, yaml.YAMLError):
+            continue
+    wanted = " or ".join(_NAMES.get(typing.get_origin(option) or option, "nothing") for option in options)
+    raise UserError(f"{field.name} is {value!r}; it must be {wanted}.")
+
+
+def _to_int(value: Any) -> int:
+    if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
+        raise ValueError
+    return int(value)
+
+
+def _to_float(value: Any) -> float:
+    # YAML 1.1 reads 1e-3 as text
+    if isinstance(value, bool):
+        raise ValueError
+    return float(value)
+
+
+def _to_bool(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    raise ValueError
+
+
+def _to_str(value: Any) -> str:
+    if isinstance(value, (str, Path)):
+        return str(value)
+    raise ValueError
+
+
+def _to_pair(value: Any) -> tuple[int, int]:
+    first, second = value.lower().split("x") if isinstance(value, str) else value
+    return _to_int(first), _to_int(second)
+
+
+def _to_mapping(value: Any) -> dict[str, Any]:
+    parsed = yaml.safe_load(value) if isinstance(value, str) else value
+    if not isinstance(parsed, Mapping):
+        raise ValueError
+    return dict(parsed)
+
+
+_CONVERSIONS: dict[Any, Callable[[Any], Any]] = {
+    int: _to_int,
+    float: _to_float,
+    bool: _to_bool,
+    str: _to_str,
+    tuple: _to_pair,
+    dict: _to_mapping,
+}
+_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    tuple: "HEIGHTxWIDTH",
+    dict: "a YAML mapping such as '{patch_size: 2}'",
+}

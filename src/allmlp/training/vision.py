@@ -1,0 +1,281 @@
+"""From a vision recipe to a trained run directory."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import set_seed
+
+import allmlp.vision  # noqa: F401 registers the architectures with timm
+from allmlp.checkpoints import run_directory
+from allmlp.data.image_batches import ImageBatches, as_is, training_transform
+from allmlp.data.images import ImageData, load_images
+from allmlp.errors import UserError
+from allmlp.training import report
+from allmlp.training.callbacks import TensorBoard
+from allmlp.training.engine import Engine, chosen_precision, prepare_output, surroundings
+from allmlp.training.evaluation import accuracy_of, evaluation_batches, logits_of
+from allmlp.training.recipe import VisionRecipe
+
+_log = logging.getLogger(__name__)
+
+
+class VisionEngine(Engine):
+    """The Trainer for image classifiers: labels may be mixed, smoothing is for training alone."""
+
+    def __init__(self, *arguments: Any, label_smoothing: float, **settings: Any):
+        self.label_smoothing = label_smoothing
+        super().__init__(*arguments, **settings)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any
+    ) -> Tensor | tuple[Tensor, Any]:
+        outputs = model(pixel_values=inputs["pixel_values"])
+        labels = inputs["labels"]
+        # mixed labels are smooth already
+        smoothing = self.label_smoothing if model.training and labels.ndim == 1 else 0.0
+        loss = F.cross_entropy(outputs.logits.float(), labels, label_smoothing=smoothing)
+        return (loss, outputs) if return_outputs else loss
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        # under timm's own names, so that timm loads a checkpoint as transformers does
+        super()._save(output_dir, state_dict or run_directory.plain_state_dict(self.model))
+
+
+def train(recipe: VisionRecipe, output: str | Path, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+    """Trains an image classifier and writes its run directory.
+
+    Args:
+        recipe: The hyper-parameters; `data`, and `model` or `start_from`, must be set.
+        output: The run directory.
+        resume: Go on from the last checkpoint in it.
+        overwrite: Replace a former run in it.
+
+    Returns:
+        What `metrics.json` holds: the held-out accuracy, its course, the speed, the surroundings.
+
+    Raises:
+        UserError: Data, model or run directory cannot be used.
+        Interrupted: It was asked to stop and has saved a checkpoint.
+    """
+    output = Path(output)
+    if recipe.data is None:
+        raise UserError("Nothing to train on: name the data.")
+    set_seed(recipe.seed)
+    architecture, model_args, channels = planned_model(recipe)
+    data = load_images(
+        recipe.data,
+        holdout=recipe.holdout,
+        seed=recipe.seed,
+        channels=channels,
+        strict=recipe.strict,
+        image_column=recipe.image_column,
+        label_column=recipe.label_column,
+    )
+    model = build_model(recipe, architecture, model_args, data.classes)
+    resume_from = prepare_output(output, recipe, resume=resume, overwrite=overwrite)
+    cfg = model.pretrained_cfg
+    training = training_batches(recipe, data, cfg)
+    held_out = evaluation_batches(data.validation, cfg)
+    workers = useful_workers(data) if recipe.workers is None else recipe.workers
+    wrapped = run_directory.classifier(model, architecture, model_args, data.classes)
+    _log.info(
+        "%s, %s parameters, %s: %s images to train on, %s held out, %d classes, %s",
+        architecture,
+        f"{sum(parameter.numel() for parameter in model.parameters()):,}",
+        "×".join(str(size) for size in cfg["input_size"]),
+        f"{len(training):,}",
+        f"{len(held_out):,}",
+        len(data.classes),
+        chosen_precision(recipe.precision),
+    )
+    resumed_at = int(resume_from.name.removeprefix(run_directory.CHECKPOINT)) if resume_from else None
+    engine = VisionEngine(
+        recipe,
+        output,
+        wrapped,
+        parameter_groups(model, recipe),
+        unit="images",
+        workers=workers,
+        resume_from=resume_from,
+        callbacks=[TensorBoard(output / "tensorboard", model, held_out[0]["pixel_values"][None], resumed_at)],
+        label_smoothing=recipe.label_smoothing,
+        train_dataset=training,
+        eval_dataset=held_out,
+        data_collator=as_is,
+        compute_metrics=_metrics,
+    )
+    engine.run()
+    if not engine.is_world_process_zero():
+        return {}
+    return _finish(engine, wrapped, data, training, held_out, output, workers)
+
+
+def planned_model(recipe: VisionRecipe) -> tuple[str, dict[str, Any], int]:
+    """The architecture, its arguments and its image channels.
+
+    Arguments are those of the run to start from, where there is one and the architecture is the same, under those of
+    the recipe.
+
+    Raises:
+        UserError: There is no such model, or none is named.
+    """
+    config = run_directory.read_config(recipe.start_from) if recipe.start_from else {}
+    if config and config["model_type"] != run_directory.VISION:
+        raise UserError(f"{recipe.start_from} holds a model of type '{config['model_type']}', not an image classifier.")
+    architecture = recipe.model or config.get("architecture")
+    if architecture is None:
+        raise UserError("Nothing to train: name a model, or a run directory to start from.")
+    arguments = dict(recipe.model_args)
+    if recipe.img_size is not None:
+        arguments["img_size"] = recipe.img_size
+    if architecture == config.get("architecture"):
+        arguments = {**(config.get("model_args") or {}), **arguments}
+    return architecture, arguments, int(arguments.get("in_chans", 3))
+
+
+def build_model(
+    recipe: VisionRecipe, architecture: str, model_args: dict[str, Any], classes: Sequence[str]
+) -> nn.Module:
+    """The model to train, its `pretrained_cfg` telling how images are prepared for it.
+
+    Raises:
+        UserError: The model cannot be made so, or does not match the weights to start from.
+    """
+    training_only = {"drop_rate": recipe.drop, "drop_path_rate": recipe.drop_path}
+    model = run_directory.create_model(architecture, num_classes=len(classes), **model_args, **training_only)
+    cfg = {**model.pretrained_cfg, "num_classes": len(classes), "label_names": list(classes)}
+    channels = int(model_args.get("in_chans", 3))
+    size = model_args.get("img_size", cfg["input_size"][-2:])
+    cfg["input_size"] = (channels, *(size if isinstance(size, (tuple, list)) else (size, size)))
+    if len(cfg["mean"]) != channels:
+        cfg["mean"], cfg["std"] = (float(np.mean(cfg["mean"])),), (float(np.mean(cfg["std"])),)
+    if recipe.crop_pct is not None:
+        cfg["crop_pct"] = recipe.crop_pct
+    model.pretrained_cfg = cfg
+    if recipe.start_from:
+        start_from(model, recipe.start_from)
+    return model
+
+
+def start_from(model: nn.Module, source: str) -> None:
+    """Loads the weights to fine-tune; a classifier for other classes is left out, and that is said.
+
+    Raises:
+        UserError: The weights do not match the model otherwise.
+    """
+    weights = run_directory.load(source)
+    state = weights.state_dict()
+    fresh = model.state_dict()
+    head = [name for name in fresh if name.startswith(f"{model.pretrained_cfg['classifier']}.")]
+    former, wanted = weights.pretrained_cfg.get("label_names"), model.pretrained_cfg["label_names"]
+    other_size = any(name not in state or state[name].shape != fresh[name].shape for name in head)
+    if other_size or (former and former != wanted):
+        _log.info(
+            "the classifier of %s tells %s classes apart; a new one for %s classes replaces it",
+            source,
+            getattr(weights, "num_classes", "no"),
+            len(wanted),
+        )
+        state = {name: tensor for name, tensor in state.items() if name not in head}
+        state |= {name: fresh[name] for name in head}
+    run_directory.load_weights(model, state, source)
+
+
+def training_batches(recipe: VisionRecipe, data: ImageData, cfg: dict[str, Any]) -> ImageBatches:
+    """The training images, augmented as the recipe says."""
+    mix = None
+    if recipe.mixup or recipe.cutmix:
+        mix = Mixup(
+            mixup_alpha=recipe.mixup,
+            cutmix_alpha=recipe.cutmix,
+            prob=recipe.mix_prob,
+            switch_prob=recipe.mix_switch_prob,
+            label_smoothing=recipe.label_smoothing,
+            num_classes=len(data.classes),
+        )
+    erase = RandomErasing(recipe.random_erasing, mode="pixel", device="cpu") if recipe.random_erasing else None
+    transform = training_transform(
+        cfg,
+        crop=recipe.crop,
+        crop_scale=recipe.crop_scale,
+        hflip=recipe.hflip,
+        color_jitter=recipe.color_jitter,
+        auto_augment=recipe.auto_augment,
+    )
+    return ImageBatches(data.train, transform, mean=cfg["mean"], std=cfg["std"], mix=mix, erase=erase, seed=recipe.seed)
+
+
+def parameter_groups(model: nn.Module, recipe: VisionRecipe) -> list[dict[str, Any]]:
+    """timm's groups: no decay for biases, norms and what the model names; lower rates for lower layers."""
+    left_out = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
+    if recipe.layer_decay == 1.0:
+        return param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=left_out)
+    groups = param_groups_layer_decay(
+        model, recipe.weight_decay, no_weight_decay_list=left_out, layer_decay=recipe.layer_decay
+    )
+    return [{**group, "lr": recipe.lr * group["lr_scale"]} for group in groups]
+
+
+def useful_workers(data: ImageData) -> int:
+    """None for small images in memory, which are prepared faster than batches travel; else one per core, at most 8."""
+    pixels = data.train.sources
+    if isinstance(pixels, np.ndarray) and pixels[0].size <= 64 * 64 * 3:
+        return 0
+    return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 8)
+
+
+def _metrics(prediction: Any) -> dict[str, float]:
+    logits, labels = torch.from_numpy(prediction.predictions), torch.from_numpy(prediction.label_ids)
+    best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    return {"accuracy": best[:, 0].float().mean().item(), "top5": best.any(1).float().mean().item()}
+
+
+def _finish(
+    engine: Engine,
+    wrapped: Any,
+    data: ImageData,
+    training: ImageBatches,
+    held_out: ImageBatches,
+    output: Path,
+    workers: int,
+) -> dict[str, Any]:
+    """Writes everything of the run directory that training itself has not."""
+    run_directory.save_classifier(wrapped, output)
+    model = wrapped.timm_model
+    logits, labels = logits_of(model, held_out, workers=workers)
+    unreadable = [*data.unreadable, *training.unreadable(), *held_out.unreadable()]
+    if len(unreadable) > len(data.unreadable):
+        _log.warning("%d images turned out broken and were left out: %s", len(unreadable), ", ".join(unreadable[:5]))
+    metrics = {
+        "task": VisionRecipe.task,
+        **accuracy_of(logits, labels, data.classes),
+        "epochs": round(engine.state.epoch or 0.0, 4),
+        "steps": engine.state.global_step,
+        "images_per_second": round(engine.progress.rate, 1),
+        "training_seconds": round(engine.progress.seconds, 1),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "precision": "bf16" if engine.args.bf16 else "fp32",
+        "unreadable_images": unreadable,
+        "surroundings": surroundings(),
+        "history": [
+            {key: value for key, value in entry.items() if "runtime" not in key and "per_second" not in key}
+            for entry in engine.state.log_history
+            if "loss" in entry or "eval_loss" in entry
+        ],
+    }
+    pictures = report.write(output / run_directory.REPORT, metrics["history"], logits, labels, held_out, model)
+    metrics["pictures"] = [str(path.relative_to(output)) for path in pictures]
+    run_directory.write_json(output / run_directory.METRICS, metrics)
+    return metrics
