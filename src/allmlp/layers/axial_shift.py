@@ -19,6 +19,9 @@ class AxialShift(nn.Module):
         channels: width of input and output.
         shift_size: number of offsets, odd; see `ops.axial_shift`.
         drop: dropout rate of the output.
+
+    Raises:
+        ValueError: if `shift_size` is not odd and positive.
     """
 
     def __init__(self, channels: int, shift_size: int = 5, drop: float = 0.0) -> None:

@@ -51,11 +51,16 @@ def spatial_shift(
     Raises:
         ValueError: for another `order`.
     """
-    if order not in _GROUPS:
-        raise ValueError(f"order must be one of {', '.join(_GROUPS)}, got {order!r}")
+    check_order(order)
     if torch.compiler.is_compiling():
         return spatial_shift_reference(x, order)
     return _SpatialShift.apply(x, order, False)
+
+
+def check_order(order: str) -> None:
+    """Raise ValueError unless `order` is one of the papers' two."""
+    if order not in _GROUPS:
+        raise ValueError(f"order must be one of {', '.join(_GROUPS)}, got {order!r}")
 
 
 def _quarters(x: Tensor) -> list[tuple[int, int]]:

@@ -1,0 +1,92 @@
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from allmlp.layers import PatchDownsampling, PatchEmbedding, PatchMerging, SampleNorm
+from tests.layers.parity import assert_matches, normalise
+
+
+def padded(x, multiple_h, multiple_w):
+    """A channels-last map with zeros below and on the right."""
+    batch, height, width, channels = x.shape
+    rows, columns = -(-height // multiple_h) * multiple_h, -(-width // multiple_w) * multiple_w
+    out = x.new_zeros(batch, rows, columns, channels)
+    out[:, :height, :width] = x
+    return out
+
+
+def patches(p, x, patch):
+    """Every patch flattened and projected, one at a time."""
+    x = padded(x.permute(0, 2, 3, 1), *patch)
+    weight = p["proj.weight"].permute(2, 3, 1, 0).flatten(0, 2)
+    rows = []
+    for i in range(0, x.shape[1], patch[0]):
+        row = [x[:, i : i + patch[0], j : j + patch[1]].flatten(1) @ weight for j in range(0, x.shape[2], patch[1])]
+        rows.append(torch.stack(row, 1))
+    return torch.stack(rows, 1) + p["proj.bias"]
+
+
+@pytest.mark.parametrize("fixed_size", [True, False])
+@pytest.mark.parametrize(("size", "patch"), [((8, 8), (4, 4)), ((6, 8), (3, 2)), ((4, 4), (4, 4))])
+def test_embedding_matches_reference(size, patch, fixed_size) -> None:
+    layer = PatchEmbedding(size, patch, 3, 5, fixed_size=fixed_size)
+    assert_matches(layer, lambda p, x: patches(p, x, patch), torch.randn(2, 3, *size))
+
+
+def test_embedding_pads_to_whole_patches() -> None:
+    layer = PatchEmbedding((8, 8), (4, 3), 2, 5, fixed_size=False)
+    for size in ((7, 7), (1, 10), (8, 3)):
+        assert_matches(layer, lambda p, x: patches(p, x, (4, 3)), torch.randn(2, 2, *size))
+
+
+def test_embedding_normalises_the_map() -> None:
+    def reference(p, x):
+        return normalise(patches(p, x, (2, 2)), (1, 2, 3), 1e-5) * p["norm.weight"] + p["norm.bias"]
+
+    layer = PatchEmbedding((6, 4), (2, 2), 3, 5, SampleNorm, fixed_size=False)
+    assert_matches(layer, reference, torch.randn(2, 3, 6, 4))
+
+
+def test_embedding_takes_every_memory_format() -> None:
+    layer = PatchEmbedding((8, 8), (4, 4), 3, 5, fixed_size=True)
+    x = torch.randn(2, 3, 8, 8)
+    out = layer(x.to(memory_format=torch.channels_last))
+    assert out.is_contiguous()
+    torch.testing.assert_close(out, layer(x))
+
+
+def test_embedding_names_the_sizes_that_fit() -> None:
+    with pytest.raises(ValueError, match=r"an image of 225×30 pixels .* patches of 16×16.* 224×16 and 240×32"):
+        PatchEmbedding((225, 30), (16, 16), 3, 8, fixed_size=True)
+    with pytest.raises(ValueError, match=r"nearest sizes are 16×16$"):
+        PatchEmbedding((3, 5), (16, 16), 3, 8, fixed_size=True)
+    with pytest.raises(ValueError, match="sizes must be positive, got image 0×8 and patch 4×4"):
+        PatchEmbedding((0, 8), (4, 4), 3, 8, fixed_size=True)
+
+
+def test_fixed_embedding_refuses_another_size() -> None:
+    with pytest.raises(ValueError, match=r"the image is 8×12 pixels, this model was built for 8×8; .*img_size"):
+        PatchEmbedding((8, 8), (4, 4), 3, 8, fixed_size=True)(torch.randn(1, 3, 8, 12))
+
+
+@pytest.mark.parametrize("size", [(4, 6), (3, 5), (1, 1), (2, 7)], ids=str)
+def test_merging_matches_reference(size) -> None:
+    def reference(p, x):
+        x = padded(x, 2, 2)
+        # The checkpoints' order: down the first column, then down the second.
+        neighbours = torch.cat([x[:, 0::2, 0::2], x[:, 1::2, 0::2], x[:, 0::2, 1::2], x[:, 1::2, 1::2]], -1)
+        normed = normalise(neighbours, (3,), 1e-5) * p["norm.weight"] + p["norm.bias"]
+        return torch.einsum("bhwc,oc->bhwo", normed, p["reduction.weight"])
+
+    layer = PatchMerging(3, 5, partial(nn.LayerNorm, eps=1e-5))
+    assert_matches(layer, reference, torch.randn(2, *size, 3))
+
+
+@pytest.mark.parametrize("size", [(4, 6), (3, 5), (1, 1), (2, 7)], ids=str)
+def test_downsampling_matches_reference(size) -> None:
+    def reference(p, x):
+        return patches(p, x.permute(0, 3, 1, 2), (2, 2))
+
+    assert_matches(PatchDownsampling(3, 5), reference, torch.randn(2, *size, 3))

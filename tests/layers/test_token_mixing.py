@@ -1,0 +1,41 @@
+import pytest
+import torch
+
+from allmlp.layers import TokenLinear, TokenMixingMLP
+from tests.layers.parity import assert_matches, gelu
+
+
+def mix(p, name, x):
+    return torch.stack([p[f"{name}weight"] @ sample for sample in x]) + p[f"{name}bias"][:, None]
+
+
+def token_mixing(p, name, x):
+    return mix(p, f"{name}fc2.", gelu(mix(p, f"{name}fc1.", x)))
+
+
+@pytest.mark.parametrize(("tokens", "out"), [(7, 5), (4, 4), (1, 3)])
+def test_token_linear_matches_reference(tokens, out) -> None:
+    assert_matches(TokenLinear(tokens, out), lambda p, x: mix(p, "", x), torch.randn(3, tokens, 6))
+
+
+def test_token_mixing_mlp_matches_reference() -> None:
+    assert_matches(TokenMixingMLP(9, 5), lambda p, x: token_mixing(p, "", x), torch.randn(2, 9, 4))
+
+
+def test_token_linear_starts_glorot_uniform_without_bias() -> None:
+    layer = TokenLinear(100, 200)
+    assert layer.weight.abs().max() <= (6 / 300) ** 0.5
+    assert layer.weight.std().item() == pytest.approx((2 / 300) ** 0.5, rel=0.02)
+    assert not layer.bias.any()
+
+
+def test_dropout_acts_behind_both_layers() -> None:
+    layer = TokenMixingMLP(9, 5, drop=0.5)
+    x = torch.randn(2, 9, 64)
+    assert (layer(x) == 0).float().mean() > 0.3
+    torch.testing.assert_close(layer.eval()(x), layer(x), rtol=0, atol=0)
+
+
+def test_another_number_of_tokens_is_refused() -> None:
+    with pytest.raises(ValueError, match="the input has 8 tokens, this layer mixes exactly 9"):
+        TokenMixingMLP(9, 5)(torch.randn(2, 8, 4))
