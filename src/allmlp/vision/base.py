@@ -119,7 +119,7 @@ class VisionMLP(nn.Module):
         Args:
             x: images.
             indices: the last n levels for a number, all for None, else those named.
-            norm: apply the final norm to every kept map.
+            norm: apply the final norm to the kept maps of its width.
             stop_early: stop behind the last kept level.
             output_fmt: `"NCHW"` or `"NHWC"`, the layout of the kept maps.
             intermediates_only: return the kept maps alone.
@@ -140,7 +140,7 @@ class VisionMLP(nn.Module):
         for index, block in enumerate(self.blocks[:stop]):
             x = checkpoint(block, x) if self.grad_checkpointing else block(x)
             if index in wanted:
-                kept.append(self.norm(x) if norm else x)
+                kept.append(self.norm(x) if norm and x.shape[-1] == self.num_features else x)
         if output_fmt == "NCHW":
             kept = [y.permute(0, 3, 1, 2).contiguous() for y in kept]
         if intermediates_only:

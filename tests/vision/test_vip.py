@@ -1,0 +1,61 @@
+import pytest
+import timm
+import torch
+
+from allmlp.layers import PatchDownsampling, PermuteMLP, WeightedPermuteMLP
+from allmlp.vision import VisionPermutator
+from allmlp.vision.vip import PermutatorBlock
+from tests.layers.parity import assert_matches, channel_mlp, layer_norm, linear, under
+from tests.layers.test_permute_mlp import branches, weighted
+
+
+@pytest.mark.parametrize("mixing", ["weighted", "sum"])
+def test_block_matches_reference(mixing) -> None:
+    def mix(p, x):
+        return weighted(p, x, 4) if mixing == "weighted" else linear(p, "proj", sum(branches(p, x, 4)))
+
+    def block(p, x):
+        x = x + mix(under(p, "attn"), layer_norm(p, "norm1", x, 1e-5))
+        return x + channel_mlp(p, "mlp", layer_norm(p, "norm2", x, 1e-5))
+
+    assert_matches(PermutatorBlock(8, (4, 3), 4, mixing=mixing, mlp_ratio=2), block, torch.randn(2, 4, 3, 8))
+
+
+@pytest.mark.parametrize(
+    ("name", "depth", "downsampling", "grids"),
+    [
+        ("vip_small_patch14_224", 18, None, (16, 16)),
+        ("vip_small_patch7_224", 18, 4, (32, 16)),
+        ("vip_medium_patch7_224", 24, 7, (32, 16)),
+        ("vip_large_patch7_224", 36, 8, (32, 16)),
+    ],
+)
+def test_published_models(name, depth, downsampling, grids) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    blocks = [block for block in model.blocks if isinstance(block, PermutatorBlock)]
+    assert len(blocks) == depth
+    assert [i for i, block in enumerate(model.blocks) if isinstance(block, PatchDownsampling)] == (
+        [] if downsampling is None else [downsampling]
+    )
+    assert (blocks[0].attn.grid_size[0], blocks[-1].attn.grid_size[0]) == grids
+    for block in blocks:
+        # Mixing along an axis takes as many numbers as there are channels: segments = height = width.
+        channels = block.norm1.normalized_shape[0]
+        assert block.attn.grid_size == (block.attn.segments,) * 2
+        assert block.attn.mlp_h.weight.shape == block.attn.mlp_w.weight.shape == (channels, channels)
+
+
+def test_mixing_chooses_the_layer() -> None:
+    small = {"img_size": 28, "depths": (1,), "embed_dims": (8,), "segments": (4,), "downsample_after": ()}
+    assert type(VisionPermutator(**small).blocks[0].attn) is WeightedPermuteMLP
+    assert type(VisionPermutator(**small, mixing="sum").blocks[0].attn) is PermuteMLP
+    with pytest.raises(ValueError, match="mixing must be one of weighted, sum, got 'mean'"):
+        VisionPermutator(**small, mixing="mean")
+
+
+def test_stages_must_agree() -> None:
+    with pytest.raises(ValueError, match="must name as many stages"):
+        VisionPermutator(depths=(1, 1), embed_dims=(8,), segments=(4, 4))
+    with pytest.raises(ValueError, match="stage 2 changes the width without a downsampling in front"):
+        VisionPermutator(depths=(1, 1), embed_dims=(8, 16), segments=(4, 4), downsample_after=())
