@@ -1,0 +1,137 @@
+"""What a converter finds out about a model: enough to build it anew."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import timm
+from timm.layers import to_2tuple
+from torch import nn
+
+from allmlp.checkpoints import run_directory
+from allmlp.vision.base import VisionMLP
+
+# Arguments that no weight's shape or place depends on, and those every variant is asked for.
+_UNRELATED = {"drop_rate", "proj_drop_rate", "drop_path_rate", "init_scale", "global_pool"}
+_SIZES = {"num_classes", "img_size", "in_chans"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionArchitecture:
+    """An image model: `timm.create_model(name, num_classes=num_classes, **model_args)`.
+
+    Attributes:
+        name: The registered model.
+        num_classes: Outputs of the head, 0 for none.
+        model_args: Further arguments.
+        preparation: Fields of timm's `pretrained_cfg` that say how images are prepared, where the source knows better
+            than the family's default.
+        notes: What was left out of the checkpoint and why, a sentence each.
+    """
+
+    name: str
+    num_classes: int
+    model_args: dict[str, Any] = field(default_factory=dict)
+    preparation: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def build(self) -> nn.Module:
+        """The model with fresh weights."""
+        return run_directory.create_model(
+            self.name, num_classes=self.num_classes, pretrained_cfg_overlay=dict(self.preparation), **self.model_args
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageArchitecture:
+    """A language model.
+
+    Attributes:
+        model_class: A class of `allmlp.language`, by name.
+        config: Fields of `GMLPConfig`.
+        notes: What was left out of the checkpoint and why, a sentence each.
+    """
+
+    model_class: str
+    config: dict[str, Any]
+    notes: tuple[str, ...] = ()
+
+    def build(self) -> nn.Module:
+        """The model with fresh weights."""
+        from allmlp import language
+
+        return getattr(language, self.model_class)(language.GMLPConfig(**self.config))
+
+
+Architecture = VisionArchitecture | LanguageArchitecture
+
+
+def vision_architecture(
+    model_class: type[VisionMLP],
+    variants: Mapping[str, Mapping[str, Any]],
+    *,
+    num_classes: int,
+    img_size: int | tuple[int, int],
+    in_chans: int,
+    preparation: Mapping[str, Any] | None = None,
+    **structure: Any,
+) -> VisionArchitecture:
+    """The registered model that an image model's arguments name.
+
+    A variant of exactly this structure is taken with the sizes that differ from its own; where there is none, the
+    variant that has most in common, with every argument spelt out.
+
+    Args:
+        model_class: The family.
+        variants: Its named sizes.
+        num_classes: Outputs of the head.
+        img_size: Image size in pixels.
+        in_chans: Channels of the image.
+        preparation: As in `VisionArchitecture`.
+        structure: Every other argument of `model_class` that is not its default.
+    """
+    parameters = inspect.signature(model_class).parameters.values()
+    defaults = {item.name: item.default for item in parameters if item.name not in _UNRELATED | _SIZES}
+    wanted = _plain({**defaults, **structure})
+    sizes = _plain({"img_size": img_size, "in_chans": in_chans})
+
+    def shared(name: str) -> int:
+        variant = _plain({**defaults, **variants[name]})
+        return sum(variant[argument] == value for argument, value in wanted.items())
+
+    name = max(variants, key=shared)
+    if shared(name) == len(wanted):
+        cfg = timm.get_pretrained_cfg(name)
+        assert cfg is not None
+        own = _plain({"img_size": cfg.input_size[1:], "in_chans": cfg.input_size[0]})
+        model_args = {argument: size for argument, size in sizes.items() if size != own[argument]}
+    else:
+        model_args = {**wanted, **sizes, "drop_path_rate": 0.0}
+    return VisionArchitecture(
+        name=name, num_classes=num_classes, model_args=model_args, preparation=dict(preparation or {})
+    )
+
+
+def ratio(hidden: int, width: int) -> float:
+    """The `mlp_ratio` that gives a width this hidden width: `int(width · ratio) == hidden`."""
+    quotient = hidden / width
+    # a quotient rounded down would lose the last unit
+    return quotient if int(width * quotient) == hidden else (hidden + 0.5) / width
+
+
+def pair(value: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) of a size given as one number or as both."""
+    height, width = to_2tuple(value)
+    return int(height), int(width)
+
+
+def _plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON gives them back, and square sizes as one number."""
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in arguments.items()}
+    for name in ("patch_size", "img_size"):
+        if name in plain and len(set(pair(plain[name]))) == 1:
+            plain[name] = pair(plain[name])[0]
+    return plain

@@ -1,0 +1,182 @@
+"""What the converters share: the description of a checkpoint layout, and the tools to take one apart."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from allmlp.checkpoints.architecture import Architecture, pair
+from allmlp.errors import UserError
+
+Tensors = dict[str, Tensor]
+Facts = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fact:
+    """Something about a model that its checkpoints do not store.
+
+    Attributes:
+        name: What users call it.
+        help: What it says, and the values it takes.
+        parse: The value from what the user gave; raises ValueError for what is not allowed.
+        required: Whether it has to be given.
+        assumed: What holds where nobody gives it, in words, if that has to be said.
+    """
+
+    name: str
+    help: str
+    parse: Callable[[Any], Any]
+    required: bool = False
+    assumed: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """One way in which one project saves one kind of model.
+
+    Attributes:
+        source: The project.
+        family: What it saves.
+        recognises: Whether tensors are of this layout, by their names (and shapes).
+        convert: From tensors and facts to the architecture and the tensors under this library's names, which may differ
+            from the model's in dimensions of size one.
+        inferred: What `convert` infers, for the documentation.
+        facts: What it has to be told.
+        stored: The facts that the trainer's configuration beside the weights holds.
+    """
+
+    source: str
+    family: str
+    recognises: Callable[[Mapping[str, Tensor]], bool]
+    convert: Callable[[Tensors, Facts], tuple[Architecture, Tensors]]
+    inferred: str
+    facts: Sequence[Fact] = ()
+    stored: Callable[[Mapping[str, Any]], dict[str, Any]] = field(default=lambda beside: {})
+
+
+def shape(tensors: Mapping[str, Tensor], name: str, dims: int) -> tuple[int, ...]:
+    """A tensor's shape.
+
+    Raises:
+        UserError: It is missing or has another number of dimensions.
+    """
+    if name not in tensors:
+        raise UserError(f"The weight '{name}' is missing.")
+    size = tuple(tensors[name].shape)
+    if len(size) != dims:
+        raise UserError(f"The weight '{name}' has shape {list(size)}; it should have {dims} dimensions.")
+    return size
+
+
+def count(tensors: Mapping[str, Tensor], prefix: str) -> int:
+    """How many numbered modules there are under a prefix: `"blocks."` counts `blocks.0.…`, `blocks.1.…`.
+
+    Raises:
+        UserError: Some number is left out.
+    """
+    pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
+    found = {int(match[1]) for name in tensors if (match := pattern.match(name))}
+    if found != set(range(len(found))):
+        missing = min(set(range(max(found))) - found)
+        raise UserError(f"The weights of '{prefix}{missing}' are missing.")
+    return len(found)
+
+
+def rename(tensors: Mapping[str, Tensor], modules: Mapping[str, str]) -> Tensors:
+    """Every tensor under the new name of its module.
+
+    Args:
+        tensors: The tensors, `module.parameter`.
+        modules: New names of modules by their old ones; every one of them has to hold tensors.
+
+    Raises:
+        UserError: A tensor belongs to none of the modules, or a module has no tensor.
+    """
+    renamed, leftover = {}, []
+    for name, tensor in tensors.items():
+        module, _, parameter = name.rpartition(".")
+        if module in modules:
+            renamed[f"{modules[module]}.{parameter}"] = tensor
+        else:
+            leftover.append(name)
+    present = {name.rpartition(".")[0] for name in tensors}
+    missing = [module for module in modules if module not in present]
+    problems = [
+        f"{len(names)} {kind}: {', '.join(names[:8])}{', …' if len(names) > 8 else ''}"
+        for kind, names in (("not used by the architecture", leftover), ("missing", missing))
+        if names
+    ]
+    if problems:
+        raise UserError(f"The weights do not add up. {'; '.join(problems)}.")
+    return renamed
+
+
+def numbered(pairs: Mapping[str, str], old: str, new: str) -> dict[str, str]:
+    """`pairs` of module names inside a block, with the block's old and new name in front; "" is the block itself."""
+    return {f"{old}.{theirs}".rstrip("."): f"{new}.{ours}".rstrip(".") for theirs, ours in pairs.items()}
+
+
+def square_image(tokens: int, patch_size: tuple[int, int], facts: Facts) -> tuple[int, int]:
+    """The image size of a model with so many tokens: what the fact `img_size` says, else a square grid of patches.
+
+    Raises:
+        UserError: The two do not agree, or no square grid has so many tokens.
+    """
+    size = facts.get("img_size")
+    if size is None:
+        side = math.isqrt(tokens)
+        if side * side != tokens:
+            raise UserError(
+                f"{tokens} tokens are no square grid of patches: give the image size, img_size=[height, width]."
+            )
+        return side * patch_size[0], side * patch_size[1]
+    grid = size[0] // patch_size[0], size[1] // patch_size[1]
+    if grid[0] * grid[1] != tokens or (grid[0] * patch_size[0], grid[1] * patch_size[1]) != size:
+        raise UserError(
+            f"img_size={size} does not fit: the model has {tokens} tokens of {patch_size[0]}×{patch_size[1]} pixels."
+        )
+    return size
+
+
+def patch_to_convolution(weight: Tensor, in_chans: int, patch_size: tuple[int, int]) -> Tensor:
+    """A linear map of flattened patches, channels first (`c p1 p2`), as the weight of a convolution."""
+    return weight.reshape(weight.shape[0], in_chans, *patch_size)
+
+
+def parse_flag(value: Any) -> bool:
+    """True or false."""
+    if not isinstance(value, bool):
+        raise ValueError("true or false")
+    return value
+
+
+def parse_size(value: Any) -> tuple[int, int]:
+    """A size in pixels: one number, or height and width."""
+    numbers = [value] if isinstance(value, int) else list(value) if isinstance(value, (list, tuple)) else []
+    if len(numbers) not in (1, 2) or not all(isinstance(item, int) and item > 0 for item in numbers):
+        raise ValueError("one positive number of pixels, or [height, width]")
+    return pair(numbers if len(numbers) == 2 else numbers[0])
+
+
+def parse_count(value: Any) -> int:
+    """A number of something, at least 0."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError("a whole number, at least 0")
+    return value
+
+
+SQUARE_IMG_SIZE = Fact(
+    name="img_size", help="image size in pixels, [height, width], where it is not square", parse=parse_size
+)
+
+
+def widest(tensors: Mapping[str, Tensor]) -> torch.dtype:
+    """The dtype to hold them all without loss: float32, or float64 where one is."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors.values()) else torch.float32

@@ -1,0 +1,164 @@
+"""Checkpoint files read as data: tensors and plain values. No code in a file is ever run.
+
+Three formats, told apart by what the file begins with and not by its name: PyTorch's (`.pth`, `.pt`, `.bin`; zip
+archives and the older pickles), safetensors, and NumPy's `.npz`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from allmlp.errors import UserError
+
+_FORMATS = "allmlp reads PyTorch's .pth, .pt and .bin, safetensors and NumPy's .npz"
+_MIB = 2**20
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Everything a checkpoint file holds.
+
+    Tensors come on the CPU. From PyTorch's files the plain containers that trainers save are read as data: yacs'
+    `CfgNode` as a dictionary (yacs need not be installed), `argparse.Namespace`, NumPy scalars as Python numbers.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The names at the top and what they hold; flat for safetensors and npz.
+
+    Raises:
+        UserError: The file is missing, empty, of another format, corrupt or cut short, claims more data than it has, or
+            would run code; the message says which.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a directory; name the checkpoint file in it.")
+    if not path.is_file():
+        raise UserError(f"There is no file {path}.")
+    with path.open("rb") as file:
+        start = file.read(16)
+    if not start:
+        raise UserError(f"{path} is empty.")
+    if start[:4] == b"PK\x03\x04":
+        contents = _read_zip(path)
+    elif start[8:9] == b"{" or path.suffix == ".safetensors":
+        contents = _read_safetensors(path)
+    # a pickle of protocol 2 or later, as older versions of PyTorch write
+    elif start[:1] == b"\x80":
+        contents = _read_torch(path)
+    else:
+        raise UserError(f"{path} is no checkpoint: it begins with {start!r}; {_FORMATS}.")
+    if not isinstance(contents, dict) or not all(isinstance(key, str) for key in contents):
+        raise UserError(f"{path} holds a {type(contents).__name__}, not weights by name.")
+    return contents
+
+
+def _read_zip(path: Path) -> Any:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        raise _corrupt(path, error) from error
+    names = [entry.filename for entry in entries]
+    claimed, size = sum(entry.file_size for entry in entries), path.stat().st_size
+    if any(name.endswith("/data.pkl") for name in names):
+        if any("/code/" in name for name in names):
+            raise UserError(f"{path} is a TorchScript program, not weights; save the model's state_dict().")
+        # torch.save never compresses
+        if claimed > size:
+            raise UserError(f"{path} is refused: it has {size:,} bytes and claims to hold {claimed:,}.")
+        return _read_torch(path)
+    if names and all(name.endswith(".npy") for name in names):
+        # np.savez_compressed does, but weights barely shrink
+        if claimed > max(20 * size, 256 * _MIB):
+            raise UserError(f"{path} is refused: it has {size:,} bytes and claims to hold {claimed:,}.")
+        return _read_npz(path)
+    raise UserError(f"{path} is a zip archive, but no checkpoint: it holds {', '.join(names[:3])}; {_FORMATS}.")
+
+
+def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path, device="cpu")
+    except (SafetensorError, OSError, ValueError, KeyError, MemoryError) as error:
+        raise _corrupt(path, error) from error
+
+
+def _read_npz(path: Path) -> dict[str, torch.Tensor]:
+    tensors = {}
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            for name in arrays.files:
+                array = arrays[name]
+                if array.dtype.kind not in "fiub":
+                    raise UserError(f"{path}: {name} holds {array.dtype}, not numbers.")
+                tensors[name] = torch.from_numpy(array)
+    except UserError:
+        raise
+    # A broken member can fail anywhere in numpy's parser, and pickled members raise ValueError.
+    except Exception as error:
+        raise _corrupt(path, error) from error
+    return tensors
+
+
+def _read_torch(path: Path) -> Any:
+    try:
+        with torch.serialization.safe_globals([(stand_in, name) for name, stand_in in _PLAIN_CONTAINERS.items()]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    # The bytes drive the unpickler, so a broken file can raise anything.
+    except Exception as error:
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if refused:
+            raise UserError(
+                f"{path} is refused: to load it, '{refused[1]}' would have to be run, which is neither a tensor nor a "
+                "plain container that trainers save. Save the state_dict() alone."
+            ) from error
+        raise _corrupt(path, error) from error
+
+
+def _corrupt(path: Path, error: BaseException) -> UserError:
+    reason = str(error).strip().splitlines()
+    return UserError(f"{path} is corrupt or cut short ({reason[0] if reason else type(error).__name__}).")
+
+
+class _CfgNode:
+    """Stands in for yacs' `CfgNode`, a dictionary: the unpickler fills plain dictionaries only."""
+
+    def __new__(cls) -> OrderedDict[str, Any]:  # type: ignore[misc]
+        return OrderedDict()
+
+
+class _NumpyDtype:
+    """Stands in for `numpy.dtype` of a number: keeps the name and the byte order."""
+
+    def __init__(self, name: str, align: bool = False, copy: bool = False) -> None:
+        if not re.fullmatch(r"[fiub][1248]", name):
+            raise ValueError(f"a NumPy scalar of type {name!r} is no number")
+        self.name, self.order = name, "<"
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.order = ">" if state[1] == ">" else "<"
+
+
+def _numpy_scalar(dtype: _NumpyDtype, data: bytes) -> Any:
+    """Stands in for NumPy's rebuilding of a scalar."""
+    return np.frombuffer(data, dtype.order + dtype.name, count=1)[0].item()
+
+
+# What may be named in a file beside PyTorch's own tensors, and what is built in its place.
+_PLAIN_CONTAINERS: dict[str, Any] = {
+    "yacs.config.CfgNode": _CfgNode,
+    "argparse.Namespace": argparse.Namespace,
+    "numpy.dtype": _NumpyDtype,
+    "numpy.core.multiarray.scalar": _numpy_scalar,
+    "numpy._core.multiarray.scalar": _numpy_scalar,
+}
