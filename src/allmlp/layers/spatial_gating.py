@@ -1,19 +1,50 @@
-"""The spatial gating unit of gMLP and aMLP (arXiv 2105.08050)."""
+"""The spatial gating unit of gMLP and aMLP (arXiv 2105.08050), for whole sequences and for the next tokens of one."""
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from allmlp.ops import spatial_gating
+from allmlp.ops import apply_gate, spatial_gating, toeplitz_matrix, toeplitz_product
+
+
+class Past(Protocol):
+    """What earlier tokens left in one layer, and where the new tokens stand: all that incremental decoding needs.
+
+    `start` tokens lie behind the new ones; 0 means that the new tokens are the whole sequence so far. The new token `i`
+    of row `b` is at position `positions[b, i]`, or at `start + i` where `positions` is None. `visible[…, i, j]` says
+    whether it reads the token at position `first + j`; None: it reads all of them.
+    """
+
+    start: int
+    first: int
+    positions: Int[Tensor, "batch new"] | None
+    visible: Bool[Tensor, "*rows new read"] | None
+
+    def append(self, name: str, x: Float[Tensor, "batch new channels"]) -> Float[Tensor, "batch read channels"]:
+        """Keep the new tokens' `x` under `name`; returns that of all tokens from position `first` on."""
+        ...
+
+
+def visible_tokens(
+    tokens: int, *, causal: bool, reach: int | None = None, device: torch.device | None = None
+) -> Bool[Tensor, "tokens tokens"]:
+    """Which token reads which: `[i, j]` is true where `|i − j| < reach` (None: no limit) and, if causal, `j ≤ i`."""
+    mask = torch.ones(tokens, tokens, dtype=torch.bool, device=device)
+    if causal:
+        mask = mask.tril()
+    if reach is not None:
+        mask = mask.triu(1 - reach).tril(reach - 1)
+    return mask
 
 
 class TinyAttention(nn.Module):
     """aMLP's single-head attention on a block's normalised input (gMLP paper, section 4.3 and figure 6).
 
-    `softmax(Q Kᵀ / √size) V`, with Q, K and V of width `size` from one bias-free projection, projected to `out_channels`.
+    `softmax(Q Kᵀ / √size) V` with Q, K and V of width `size` from one bias-free projection, then `out_channels` wide.
 
     Args:
         channels: width of the block's input.
@@ -29,13 +60,30 @@ class TinyAttention(nn.Module):
         self.proj = nn.Linear(size, out_channels)
 
     def forward(
-        self, x: Float[Tensor, "batch tokens channels"], mask: Bool[Tensor, "tokens tokens"] | None = None
+        self,
+        x: Float[Tensor, "batch tokens channels"],
+        mask: Bool[Tensor, "*rows #tokens tokens"] | None = None,
+        past: Past | None = None,
     ) -> Float[Tensor, "batch tokens out"]:
-        """Attend. `mask[i, j]` true: token `i` sees token `j`; it is combined with causality."""
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
-        if mask is not None and self.causal:
-            mask = mask & torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).tril()
-        return self.proj(F.scaled_dot_product_attention(q, k, v, mask, is_causal=self.causal and mask is None))
+        """Attend.
+
+        Args:
+            x: the block's normalised input; with `past` that of the new tokens.
+            mask: `mask[…, i, j]` true: token `i` sees token `j`. It takes the place of causality.
+            past: the earlier tokens of sequences that are continued.
+        """
+        size = self.proj.in_features
+        q, kv = self.qkv(x).split([size, 2 * size], dim=-1)
+        is_causal = self.causal and mask is None
+        if past is not None:
+            kept = past.append("attention", kv)
+            if past.start:
+                kv, mask, is_causal = kept, past.visible, False
+        if mask is not None and mask.dim() == 3:
+            mask = mask.unsqueeze(1)
+        k, v = kv.unsqueeze(1).chunk(2, dim=-1)
+        y = F.scaled_dot_product_attention(q.unsqueeze(1), k, v, mask, is_causal=is_causal)
+        return self.proj(y.squeeze(1))
 
 
 class SpatialGatingUnit(nn.Module):
@@ -45,12 +93,17 @@ class SpatialGatingUnit(nn.Module):
     `y = x ⊙ act(W·LN(x) + b)` (eq. 3). `W` starts near zero (uniform in ±1e-3/tokens) and `b` at one, so that a new
     unit passes `u` on and a new block is an ordinary feed-forward network.
 
+    A Toeplitz unit (appendix C) keeps the 2·tokens − 1 lags of `W[i, j] = w[i − j]` and one bias a head. It is
+    shift-invariant and takes inputs of any length: a token reads those less than `tokens` positions away, through its
+    tiny attention too.
+
     Args:
         channels: width of the input, before the split (the papers' d_ffn).
         tokens: the trained length; inputs may be shorter and then use the leading rows and columns of `W`.
         split: halve the channels into `u` and `v` (the paper's better form).
         heads: spatial heads, each with its own `W` and `b` over an equal share of the gate's channels.
         causal: token `i` reads tokens `j ≤ i` only.
+        toeplitz: constrain `W` to a Toeplitz matrix and `b` to one number a head.
         gate_act: the gate's activation; the paper has none.
         attention_size: width of aMLP's tiny attention; 0 leaves it out.
         attention_channels: width of the block input that the tiny attention reads; needed when there is one.
@@ -68,6 +121,7 @@ class SpatialGatingUnit(nn.Module):
         split: bool = True,
         heads: int = 1,
         causal: bool = False,
+        toeplitz: bool = False,
         gate_act: Callable[[Tensor], Tensor] | None = None,
         attention_size: int = 0,
         attention_channels: int | None = None,
@@ -84,10 +138,13 @@ class SpatialGatingUnit(nn.Module):
         self.tokens = tokens
         self.split = split
         self.causal = causal
+        self.toeplitz = toeplitz
         self.gate_act = gate_act
         self.norm = nn.LayerNorm(gate_channels, eps=norm_eps)
-        self.weight = nn.Parameter(torch.empty(heads, tokens, tokens))
-        self.bias = nn.Parameter(torch.empty(heads, tokens))
+        self.weight = nn.Parameter(
+            torch.empty(heads, 2 * tokens - 1) if toeplitz else torch.empty(heads, tokens, tokens)
+        )
+        self.bias = nn.Parameter(torch.empty(heads, 1 if toeplitz else tokens))
         self.attention = (
             TinyAttention(attention_channels, gate_channels, attention_size, causal=causal)
             if attention_size and attention_channels is not None
@@ -105,37 +162,89 @@ class SpatialGatingUnit(nn.Module):
         self,
         x: Float[Tensor, "batch tokens channels"],
         block_input: Float[Tensor, "batch tokens block_channels"] | None = None,
-        mask: Bool[Tensor, "tokens tokens"] | None = None,
+        mask: Bool[Tensor, "*rows tokens tokens"] | None = None,
+        padding: Bool[Tensor, "batch tokens"] | None = None,
+        past: Past | None = None,
     ) -> Float[Tensor, "batch tokens gate_channels"]:
         """Gate `x`.
 
         Args:
-            x: the block's activated expansion.
+            x: the block's activated expansion; with `past` that of the new tokens.
             block_input: the block's normalised input, read by the tiny attention.
-            mask: `mask[i, j]` true where token `i` may read token `j`; multiplied onto `W`, combined with causality.
+            mask: `mask[…, i, j]` true where token `i` may read token `j`, multiplied onto `W`; it takes the place of
+                causality, so that a causal unit is exactly as causal as the mask.
+            padding: false where there is no token: such places are read by nobody.
+            past: the earlier tokens of sequences that are continued; for causal units.
 
         Raises:
             ValueError: if the input is longer than the unit, or the tiny attention lacks its input.
         """
+        tokens = x.shape[1]
+        if not self.toeplitz and tokens > self.tokens:
+            raise ValueError(f"the input has {tokens} tokens, the spatial gating unit takes at most {self.tokens}")
         u, v = x.chunk(2, dim=-1) if self.split else (x, x)
-        weight, bias = self.weight, self.bias
-        n = x.shape[1]
-        if n != self.tokens:
-            if n > self.tokens:
-                raise ValueError(f"the input has {n} tokens, the spatial gating unit takes at most {self.tokens}")
-            weight, bias = weight[:, :n, :n], bias[:, :n]
-        if self.causal:
-            weight = weight.tril()
-        if mask is not None:
-            weight = weight * mask
+        v = self.norm(v)
+        if padding is not None:
+            v = v * padding.unsqueeze(-1)
         residual = None
         if self.attention is not None:
             if block_input is None:
-                raise ValueError(
-                    "a spatial gating unit with tiny attention needs block_input, the block's normalised input"
-                )
-            residual = self.attention(block_input, mask)
-        return spatial_gating(u, self.norm(v), weight, bias, residual, self.gate_act)
+                raise ValueError("a spatial gating unit with tiny attention needs block_input, the normalised input")
+            residual = self.attention(block_input, self._attention_mask(tokens, mask, padding, x.device), past)
+        if past is not None:
+            kept = past.append("gate", v)
+            if past.start:
+                weight, bias = self._decoding_rows(past, tokens, kept.shape[1])
+                return spatial_gating(u, kept, weight, bias, residual, self.gate_act)
+        if self.toeplitz and mask is None:
+            gate = toeplitz_product(self.weight, v, causal=self.causal)
+            bias = self.bias.repeat_interleave(gate.shape[-1] // self.bias.shape[0])
+            return apply_gate(u, gate.add_(bias), residual, self.gate_act)
+        return spatial_gating(u, v, self._matrix(tokens, mask), self.bias[:, :tokens], residual, self.gate_act)
+
+    def _matrix(self, tokens: int, mask: Tensor | None) -> Tensor:
+        """`W` for a whole sequence: [heads, tokens, tokens], or [batch, heads, tokens, tokens] with a mask per row."""
+        causal = self.causal and mask is None
+        if self.toeplitz:
+            weight = toeplitz_matrix(self.weight, tokens, causal=causal)
+        else:
+            weight = self.weight[:, :tokens, :tokens]
+            weight = weight.tril() if causal else weight
+        return weight if mask is None else weight * mask.unsqueeze(-3)
+
+    def _attention_mask(
+        self, tokens: int, mask: Tensor | None, padding: Tensor | None, device: torch.device
+    ) -> Tensor | None:
+        """Everything that keeps one token from seeing another, None where causality alone does."""
+        reach = self.tokens if self.toeplitz and tokens > self.tokens else None
+        if reach is not None or (self.causal and mask is None and padding is not None):
+            seen = visible_tokens(tokens, causal=self.causal and mask is None, reach=reach, device=device)
+            mask = seen if mask is None else mask & seen
+        if padding is not None:
+            mask = padding.unsqueeze(1) if mask is None else mask & padding.unsqueeze(1)
+        return mask
+
+    def _decoding_rows(self, past: Past, new: int, read: int) -> tuple[Tensor, Tensor]:
+        """The rows of `W` and `b` that belong to the new tokens, over the tokens they read."""
+        last, rows = past.first + read, past.positions
+        if self.toeplitz:
+            if past.visible is None:
+                return self.weight[:, None, self.tokens - 1 : self.tokens - 1 + read].flip(-1), self.bias
+            if rows is None:
+                rows = torch.arange(past.start, past.start + new, device=self.weight.device)
+            lag = rows.unsqueeze(-1) - torch.arange(past.first, last, device=rows.device)
+            weight = self.weight[:, lag.clamp(1 - self.tokens, self.tokens - 1) + self.tokens - 1]
+            bias = self.bias
+        elif rows is None:
+            weight = self.weight[:, past.start : past.start + new, past.first : last]
+            bias = self.bias[:, past.start : past.start + new]
+        else:
+            weight, bias = self.weight[:, rows, past.first : last], self.bias[:, rows].transpose(0, 1)
+        if weight.dim() == 4:
+            weight = weight.transpose(0, 1)
+        return weight if past.visible is None else weight * past.visible.unsqueeze(-3), bias
 
     def extra_repr(self) -> str:
-        return f"tokens={self.tokens}, heads={self.weight.shape[0]}, split={self.split}, causal={self.causal}"
+        kind = "toeplitz" if self.toeplitz else "dense"
+        heads = self.weight.shape[0]
+        return f"tokens={self.tokens}, heads={heads}, split={self.split}, causal={self.causal}, weight={kind}"

@@ -1,11 +1,14 @@
 """Functions on tensors: each operator's plain reference and, beside it, the form the layers use."""
 
 from allmlp.ops.axial_shift import axial_shift, axial_shift_reference
-from allmlp.ops.spatial_gating import spatial_gating, spatial_gating_reference
+from allmlp.ops.spatial_gating import apply_gate, spatial_gating, spatial_gating_reference
 from allmlp.ops.spatial_shift import spatial_shift, spatial_shift_reference
 from allmlp.ops.split_attention import split_attention, split_attention_reference
+from allmlp.ops.toeplitz import toeplitz_matrix, toeplitz_product, toeplitz_product_reference
+from allmlp.ops.token_shift import token_shift
 
 __all__ = [
+    "apply_gate",
     "axial_shift",
     "axial_shift_reference",
     "spatial_gating",
@@ -14,4 +17,8 @@ __all__ = [
     "spatial_shift_reference",
     "split_attention",
     "split_attention_reference",
+    "toeplitz_matrix",
+    "toeplitz_product",
+    "toeplitz_product_reference",
+    "token_shift",
 ]

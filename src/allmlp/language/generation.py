@@ -1,0 +1,156 @@
+"""`generate()` on the model's own cache, up to the context limit and, if asked, beyond it."""
+
+from typing import Any, Literal, cast
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import GenerationConfig, GenerationMixin
+from transformers.generation import MaxLengthCriteria, StoppingCriteriaList
+from transformers.utils import logging
+
+from allmlp.errors import UserError
+from allmlp.language.cache import GMLPCache
+from allmlp.language.configuration import GMLPConfig
+from allmlp.language.inputs import check_token_ids
+
+logger = logging.get_logger(__name__)
+
+ContextOverflow = Literal["stop", "reprefill"]
+
+
+class GMLPGenerationMixin(GenerationMixin):
+    """transformers' generation, which a dense spatial weight ends at the context: its rows are absolute positions."""
+
+    config: GMLPConfig
+
+    def generate(
+        self,
+        inputs: Int[Tensor, "batch tokens"] | None = None,
+        generation_config: GenerationConfig | None = None,
+        *args: Any,
+        context_overflow: ContextOverflow = "stop",
+        **kwargs: Any,
+    ) -> Any:
+        """Generate as `transformers.GenerationMixin.generate` does.
+
+        Args:
+            inputs: prompts, padded on the left.
+            generation_config: how to generate.
+            args: further positional arguments of transformers' `generate`.
+            context_overflow: what to do when the context is full. `"stop"` ends there. `"reprefill"` drops the older
+                half and goes on; each time costs one forward pass over the other half, whose tokens move to the first
+                positions. Toeplitz models have no limit and take no notice.
+            kwargs: further arguments of transformers' `generate`.
+
+        Returns:
+            What transformers' `generate` returns.
+
+        Raises:
+            UserError: if the prompt is empty, longer than the context, or has ids outside the vocabulary.
+        """
+        if context_overflow not in ("stop", "reprefill"):
+            raise UserError(f"context_overflow must be 'stop' or 'reprefill', got {context_overflow!r}")
+        if kwargs.get("cache_implementation") is not None:
+            raise UserError("gMLP models decode on their own cache: leave cache_implementation out")
+        prompt = inputs if inputs is not None else kwargs.get("input_ids")
+        start = prompt if prompt is not None else kwargs.get("inputs_embeds")
+        if prompt is not None:
+            self._check_prompt(prompt, context_overflow)
+        elif start is not None and context_overflow == "reprefill" and self._context is not None:
+            raise UserError("context_overflow='reprefill' needs the prompt as input_ids, to compute it again")
+        mask = kwargs.get("visibility_mask")
+        if mask is not None and mask.dim() == 2 and start is not None:
+            # transformers repeats every argument's first axis for beams and returned sequences.
+            kwargs["visibility_mask"] = mask.expand(start.shape[0], *mask.shape)
+        return cast(Any, super()).generate(
+            inputs, generation_config, *args, context_overflow=context_overflow, **kwargs
+        )
+
+    @property
+    def _context(self) -> int | None:
+        """Columns that fit, None: any number."""
+        return None if self.config.spatial_weight == "toeplitz" else self.config.max_position_embeddings
+
+    def _check_prompt(self, prompt: Tensor, context_overflow: ContextOverflow) -> None:
+        if prompt.shape[1] == 0:
+            raise UserError("the prompt is empty: give at least one token")
+        check_token_ids(prompt, self.config.vocab_size)
+        if self._context is not None and context_overflow == "stop" and prompt.shape[1] >= self._context:
+            raise UserError(
+                f"the prompt has {prompt.shape[1]} tokens and leaves no room in the model's context of "
+                f"{self._context}; shorten it, or generate with context_overflow='reprefill', which reads the end of it"
+            )
+
+    def prepare_inputs_for_generation(  # pyrefly: ignore[bad-override-param-name] (transformers passes all by name)
+        self,
+        input_ids: Int[Tensor, "batch tokens"],
+        past_key_values: GMLPCache | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        visibility_mask: Tensor | None = None,
+        context_overflow: ContextOverflow = "stop",
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """The next forward pass's arguments; where the context is full, those of a fresh start from the last half."""
+        tokens, start = input_ids.shape[1], 0
+        if context_overflow == "reprefill" and self._context is not None:
+            start = window_start(tokens, self._context)
+        if past_key_values is not None and past_key_values.window_start != start:
+            past_key_values.reset()
+            past_key_values.window_start = start
+            kwargs["next_sequence_length"] = None
+        if visibility_mask is not None:
+            is_first = past_key_values is None or past_key_values.get_seq_length() == 0
+            visibility_mask = extend_visibility(visibility_mask, tokens)[:, start:, start:] if is_first else None
+        return cast(Any, super()).prepare_inputs_for_generation(
+            input_ids[:, start:],
+            past_key_values=past_key_values,
+            attention_mask=None if attention_mask is None else attention_mask[:, start:],
+            inputs_embeds=inputs_embeds,
+            visibility_mask=visibility_mask,
+            **kwargs,
+        )
+
+    def _prepare_cache_for_generation(  # pyrefly: ignore[bad-override] (transformers' own returns nothing either)
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """Make the cache, and end generation where the context does; `max_cache_length` + 1 tokens are wanted."""
+        if self._context is not None and model_kwargs.get("context_overflow") != "reprefill":
+            excess = max_cache_length + 1 - self._context
+            if excess > 0:
+                generation_config.max_length -= excess
+                max_cache_length -= excess
+                logger.warning(
+                    f"generation stops at the model's context of {self._context} tokens, {excess} short of the length "
+                    "asked for; generate with context_overflow='reprefill' to go on from the last half of it"
+                )
+        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = GMLPCache(self.config, max_cache_length)
+
+    def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
+        criteria = cast(Any, super())._get_stopping_criteria(*args, **kwargs)
+        for criterion in criteria:
+            if isinstance(criterion, MaxLengthCriteria):
+                # It would warn of lengths beyond the context, which are either cut above or wanted.
+                criterion.max_position_embeddings = None
+        return criteria
+
+
+def window_start(tokens: int, context: int) -> int:
+    """The first token that still counts when `tokens` do not fit: starts are as far apart as half a context."""
+    step = context + 1 - max(1, context // 2)
+    return max(0, -(-(tokens - context) // step)) * step
+
+
+def extend_visibility(mask: Tensor, tokens: int) -> Tensor:
+    """A prompt's visibility mask [batch, prompt, prompt] with causal rows for the tokens generated since."""
+    prompt = mask.shape[-1]
+    full = torch.ones(mask.shape[0], tokens, tokens, dtype=torch.bool, device=mask.device).tril()
+    full[:, :prompt, :prompt] = mask
+    return full

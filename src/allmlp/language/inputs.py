@@ -1,0 +1,101 @@
+"""What a model is given: token ids, masks in transformers' forms, and the order of tokens that makes padding harmless.
+
+The spatial weight has a row for each absolute position, so a batch is computed as if every row began at its first real
+token: `LeftAligned` moves the tokens of each row to the front and the results back to where they belong.
+"""
+
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from allmlp.errors import UserError
+
+
+class LeftAligned:
+    """The order that puts each row's real tokens in front of its padding.
+
+    Args:
+        real: where the batch has tokens.
+    """
+
+    def __init__(self, real: Bool[Tensor, "batch tokens"]) -> None:
+        self.order = real.byte().argsort(dim=1, descending=True, stable=True)
+        self.inverse = self.order.argsort(dim=1)
+        self.real = real.gather(1, self.order)
+
+    def align(self, x: Tensor) -> Tensor:
+        """[batch, tokens, channels] with each row's tokens in front."""
+        return x.gather(1, self.order.unsqueeze(-1).expand_as(x))
+
+    def restore(self, x: Tensor) -> Tensor:
+        """[batch, tokens, channels] back in the order of the input."""
+        return x.gather(1, self.inverse.unsqueeze(-1).expand_as(x))
+
+    def align_mask(self, mask: Bool[Tensor, "*rows tokens tokens"]) -> Bool[Tensor, "batch tokens tokens"]:
+        """A visibility mask between the moved tokens."""
+        batch, tokens = self.order.shape
+        mask = mask.expand(batch, tokens, tokens)
+        mask = mask.gather(1, self.order.unsqueeze(-1).expand_as(mask))
+        return mask.gather(2, self.order.unsqueeze(1).expand_as(mask))
+
+
+def read_masks(
+    attention_mask: Tensor | None,
+    visibility_mask: Tensor | None,
+    batch: int,
+    tokens: int,
+    start: int,
+) -> tuple[Bool[Tensor, "batch tokens"] | None, Bool[Tensor, "*rows tokens tokens"] | None]:
+    """Sort out what the caller masks.
+
+    Args:
+        attention_mask: 1 for tokens and 0 for padding, [batch, start + tokens] (the earlier tokens' part is ignored);
+            or, as in transformers, a visibility mask of shape [batch, tokens, tokens] or [batch, 1, tokens, tokens].
+        visibility_mask: which token reads which, [tokens, tokens] or [batch, tokens, tokens].
+        batch: rows.
+        tokens: new tokens of each row.
+        start: tokens in the cache.
+
+    Returns:
+        Where the new tokens are real (None: all), and the visibility mask (None: the model's own).
+
+    Raises:
+        UserError: if a mask has another shape, or is made of floating point numbers where 0 would be ambiguous.
+    """
+    if attention_mask is not None and attention_mask.dim() > 2:
+        if visibility_mask is not None:
+            raise UserError("give one visibility mask, as visibility_mask or as an attention_mask of 3 or 4 axes")
+        visibility_mask = attention_mask.squeeze(1) if attention_mask.dim() == 4 else attention_mask
+        attention_mask = None
+    if attention_mask is not None:
+        if attention_mask.shape != (batch, start + tokens):
+            raise UserError(
+                f"attention_mask must be of shape [{batch}, {start + tokens}] (cached and new tokens), got "
+                f"{list(attention_mask.shape)}; who reads whom, [{tokens}, {tokens}], goes to visibility_mask"
+            )
+        attention_mask = attention_mask[:, start:].bool()
+    if visibility_mask is not None:
+        if start:
+            raise UserError("a visibility mask belongs to the first tokens: later ones read all that came before")
+        if visibility_mask.is_floating_point():
+            raise UserError(f"a visibility mask must be boolean (true: reads), got {visibility_mask.dtype}")
+        if tuple(visibility_mask.shape) not in ((tokens, tokens), (1, tokens, tokens), (batch, tokens, tokens)):
+            raise UserError(
+                f"a visibility mask must be of shape [{tokens}, {tokens}] or [{batch}, {tokens}, {tokens}], "
+                f"got {list(visibility_mask.shape)}"
+            )
+        visibility_mask = visibility_mask.bool()
+    return attention_mask, visibility_mask
+
+
+def check_token_ids(input_ids: Int[Tensor, "batch tokens"], vocab_size: int) -> None:
+    """Refuse what the embedding has no row for.
+
+    Raises:
+        UserError: if an id lies outside the vocabulary.
+    """
+    low, high = int(input_ids.min()), int(input_ids.max())
+    if low < 0 or high >= vocab_size:
+        raise UserError(
+            f"token ids must lie between 0 and {vocab_size - 1}, got {low if low < 0 else high}; does the tokenizer "
+            "belong to this model?"
+        )

@@ -1,0 +1,396 @@
+"""gMLP and aMLP language models: Liu et al., "Pay Attention to MLPs" (arXiv 2105.08050).
+
+Shape suffixes: B batch, N tokens.
+"""
+
+import copy
+import math
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from timm.layers import DropPath
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    MaskedLMOutput,
+    SequenceClassifierOutput,
+)
+from transformers.utils import can_return_tuple
+
+from allmlp.errors import UserError
+from allmlp.language.cache import GMLPCache
+from allmlp.language.configuration import GMLPConfig
+from allmlp.language.generation import GMLPGenerationMixin
+from allmlp.language.inputs import LeftAligned, check_token_ids, read_masks
+from allmlp.layers import SpatialGatingUnit
+from allmlp.layers.spatial_gating import Past
+from allmlp.ops import token_shift
+
+
+class GMLPBlock(GradientCheckpointingLayer):
+    """`x + V·SGU(act(U·shift(LN(x))))`; nothing after `V`, no shift in the paper (section 2, figure 1)."""
+
+    def __init__(self, config: GMLPConfig) -> None:
+        super().__init__()
+        self.shift = config.token_shift
+        self.causal = config.is_decoder
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.proj_in = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.act = ACT2FN[config.hidden_act]
+        self.sgu = SpatialGatingUnit(
+            config.intermediate_size,
+            config.max_position_embeddings,
+            heads=config.num_spatial_heads,
+            causal=config.is_decoder,
+            toeplitz=config.spatial_weight == "toeplitz",
+            gate_act=ACT2FN[config.gate_act] if config.gate_act else None,
+            attention_size=config.tiny_attention_size,
+            attention_channels=config.hidden_size if config.tiny_attention_size else None,
+            norm_eps=config.layer_norm_eps,
+        )
+        self.proj_out = nn.Linear(config.intermediate_size // 2, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.drop_path = DropPath(1 - config.survival_probability)
+
+    def forward(
+        self,
+        hidden_states: Float[Tensor, "batch tokens channels"],
+        mask: Bool[Tensor, "*rows tokens tokens"] | None = None,
+        padding: Bool[Tensor, "batch tokens"] | None = None,
+        past_key_values: Past | None = None,
+    ) -> Float[Tensor, "batch tokens channels"]:
+        """The arguments are those of `SpatialGatingUnit.forward`; `past_key_values` is this layer's past."""
+        x = self.norm(hidden_states)
+        if self.shift:
+            x = self._shifted(x, padding, past_key_values)
+        y = self.sgu(self.act(self.proj_in(x)), x, mask, padding, past_key_values)
+        return hidden_states + self.drop_path(self.dropout(self.proj_out(y)))
+
+    def _shifted(self, x: Tensor, padding: Tensor | None, past: Past | None) -> Tensor:
+        if padding is not None:
+            x = x * padding.unsqueeze(-1)
+        if past is None or not past.start:
+            if past is not None:
+                past.append("shift", x)
+            return token_shift(x, self.shift, causal=self.causal)
+        kept = past.append("shift", x)
+        if past.positions is None:
+            recent = kept[:, -(x.shape[1] + self.shift) :]
+        else:
+            steps = torch.arange(-self.shift, x.shape[1], device=x.device)
+            places = past.positions[:, :1] + steps - past.first
+            rows = torch.arange(x.shape[0], device=x.device).unsqueeze(-1)
+            recent = kept[rows, places.clamp(min=0)] * (places >= 0).unsqueeze(-1)
+        return token_shift(recent, self.shift, causal=True)[:, -x.shape[1] :]
+
+
+class GMLPPreTrainedModel(PreTrainedModel):
+    """What all gMLP language models share: configuration, initialisation, names."""
+
+    config: GMLPConfig  # pyrefly: ignore[bad-override-mutable-attribute] (as every model of transformers does)
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["GMLPBlock"]  # noqa: RUF012 (transformers reads these from the class)
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, SpatialGatingUnit):
+            module.reset_parameters()
+
+
+class GMLPModel(GMLPPreTrainedModel):
+    """Embedding, blocks and final layer norm; causal where `config.is_decoder` says so."""
+
+    def __init__(self, config: GMLPConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.layers = nn.ModuleList(GMLPBlock(config) for _ in range(config.num_hidden_layers))
+        self.norm = (
+            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.final_layer_norm else nn.Identity()
+        )
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch tokens"] | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Float[Tensor, "batch tokens channels"] | None = None,
+        past_key_values: GMLPCache | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        visibility_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Compute the hidden states.
+
+        Args:
+            input_ids: tokens; with `past_key_values` the new ones.
+            attention_mask: [batch, cached + new tokens], 0 where there is padding, on either side or in between: the
+                rows are computed as if it were not there. Three or four axes are read as `visibility_mask`.
+            inputs_embeds: embeddings in place of `input_ids`.
+            past_key_values: the cache of the tokens before these; it is extended.
+            use_cache: return the cache; by default as configured, for causal models outside of training.
+            output_hidden_states: return the embedding and each block's output too.
+            visibility_mask: [tokens, tokens] or [batch, tokens, tokens], true where a token reads another. It replaces
+                causality: a prefix language model's mask lets a causal model read its prefix in both directions.
+            kwargs: what transformers passes to every model and this one has no use for.
+
+        Raises:
+            UserError: if there are no tokens, more than the context takes, or ids outside the vocabulary, or a mask
+                does not fit.
+        """
+        hidden = self._embed(input_ids, inputs_embeds)
+        batch, tokens = hidden.shape[:2]
+        if tokens == 0:
+            raise UserError("the input is empty: at least one token is needed")
+        past = past_key_values
+        if past is None and self._wants_cache(use_cache):
+            past = GMLPCache(self.config)
+        start = past.longest if past else 0
+        self._check_length(start + tokens)
+        real, mask = read_masks(attention_mask, visibility_mask, batch, tokens, start)
+        aligned = None
+        if real is not None:
+            aligned = LeftAligned(real)
+            hidden, real = aligned.align(hidden), aligned.real
+            mask = mask if mask is None else aligned.align_mask(mask)
+        # Causality keeps tokens from reading the padding that now lies behind them.
+        padding = None if self.config.is_decoder and mask is None else real
+        if past is not None:
+            past.begin(batch, tokens, real, hidden.device)
+        hidden = self.dropout(self._with_positions(hidden, past))
+
+        states = [hidden]
+        for i, block in enumerate(self.layers):
+            hidden = block(hidden, mask, padding, past_key_values=past.kept[i] if past else None)
+            states.append(hidden)
+        states[-1] = hidden = self.norm(hidden)
+        if past is not None:
+            past.finish()
+        if aligned is not None:
+            hidden = aligned.restore(hidden)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if not output_hidden_states:
+            return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=past)
+        states = [state if aligned is None else aligned.restore(state) for state in states]
+        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=past, hidden_states=tuple(states))
+
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        if inputs_embeds is not None and input_ids is None:
+            return inputs_embeds
+        if input_ids is None or inputs_embeds is not None:
+            raise UserError("give either input_ids or inputs_embeds")
+        try:
+            return self.embed_tokens(input_ids)
+        except IndexError:
+            # The CPU checks each id; asking here, after the fact, costs nothing while all is well.
+            check_token_ids(input_ids, self.config.vocab_size)
+            raise
+
+    def _check_length(self, tokens: int) -> None:
+        context = self.config.max_position_embeddings
+        if self.config.spatial_weight == "dense" and tokens > context:
+            raise UserError(
+                f"{tokens} tokens do not fit the model's context of {context}: its spatial weight has one row for each "
+                "absolute position. generate(context_overflow='reprefill') goes on from the last half of a full one; "
+                "models with spatial_weight='toeplitz' have no limit."
+            )
+
+    def _wants_cache(self, use_cache: bool | None) -> bool:
+        if not self.config.is_decoder:
+            if use_cache:
+                raise UserError("only causal models have a decoding cache; this one reads in both directions")
+            return False
+        if use_cache is None:
+            return self.config.use_cache and not self.training and not torch.compiler.is_compiling()
+        return use_cache
+
+    def _with_positions(self, hidden: Tensor, past: GMLPCache | None) -> Tensor:
+        if self.config.embedding_scale != 1:
+            hidden = hidden * self.config.embedding_scale
+        if self.config.position_embedding == "none":
+            return hidden
+        start = past.start if past else 0
+        positions = torch.arange(start, start + hidden.shape[1], device=hidden.device)
+        if past is not None and past.positions is not None:
+            positions = past.positions
+        return hidden + sinusoids(positions, hidden.shape[-1]).to(hidden.dtype)
+
+
+class GMLPForCausalLM(GMLPPreTrainedModel, GMLPGenerationMixin):
+    """Causal language model: `generate`, and next-token loss with `labels`."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: GMLPConfig) -> None:
+        super().__init__(_directed(config, causal=True))
+        self.model = GMLPModel(self.config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch tokens"] | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Float[Tensor, "batch tokens channels"] | None = None,
+        past_key_values: GMLPCache | None = None,
+        labels: Int[Tensor, "batch tokens"] | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        visibility_mask: Tensor | None = None,
+        logits_to_keep: int | Int[Tensor, " kept"] = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Predict each next token. The arguments are `GMLPModel.forward`'s, and:
+
+        Args:
+            labels: the tokens themselves, shifted here by one; −100 where there is nothing to predict.
+            logits_to_keep: logits of the last tokens only, this many (0: all), or of the tokens at these indices.
+            kwargs: for the loss function, such as `num_items_in_batch`.
+        """
+        if use_cache is None and labels is not None:
+            use_cache = False
+        outputs = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            visibility_mask=visibility_mask,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+        )
+
+
+class GMLPForMaskedLM(GMLPPreTrainedModel):
+    """Masked language model: reads in both directions; `labels` are −100 but at the masked tokens."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: GMLPConfig) -> None:
+        super().__init__(_directed(config, causal=False))
+        self.model = GMLPModel(self.config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch tokens"] | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Float[Tensor, "batch tokens channels"] | None = None,
+        labels: Int[Tensor, "batch tokens"] | None = None,
+        output_hidden_states: bool | None = None,
+        visibility_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> MaskedLMOutput:
+        """Predict the tokens themselves; the arguments are `GMLPModel.forward`'s and `GMLPForCausalLM.forward`'s."""
+        outputs = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            output_hidden_states=output_hidden_states,
+            visibility_mask=visibility_mask,
+        )
+        logits = self.lm_head(outputs.last_hidden_state)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return MaskedLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+
+class GMLPForSequenceClassification(GMLPPreTrainedModel):
+    """Classes (or `num_labels` regression targets) of whole texts.
+
+    The head reads the mean of the real tokens' hidden states, or in causal models the last real token's, the only one
+    that has seen them all. What is real the `attention_mask` says.
+    """
+
+    def __init__(self, config: GMLPConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels or 2
+        self.model = GMLPModel(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.score = nn.Linear(config.hidden_size, self.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch tokens"] | None = None,
+        attention_mask: Int[Tensor, "batch tokens"] | None = None,
+        inputs_embeds: Float[Tensor, "batch tokens channels"] | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutput:
+        """Score each text; the arguments are those of `GMLPModel.forward`, and `labels` one class or target a text."""
+        outputs = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            output_hidden_states=output_hidden_states,
+            use_cache=False,
+        )
+        logits = self.score(self.dropout(self._pooled(outputs.last_hidden_state, attention_mask)))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+    def _pooled(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
+        if attention_mask is None:
+            return hidden[:, -1] if self.config.is_decoder else hidden.mean(1)
+        real = attention_mask.to(hidden.dtype)
+        if not self.config.is_decoder:
+            return (hidden * real.unsqueeze(-1)).sum(1) / real.sum(1, keepdim=True).clamp(min=1)
+        last = (attention_mask.bool() * torch.arange(hidden.shape[1], device=hidden.device)).argmax(-1)
+        return hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
+
+
+class GMLPForTokenClassification(GenericForTokenClassification, GMLPPreTrainedModel):
+    """A class for each token; transformers' own head."""
+
+
+class GMLPForQuestionAnswering(GenericForQuestionAnswering, GMLPPreTrainedModel):
+    """Start and end of an answer in the text; transformers' own head."""
+
+
+def _directed(config: GMLPConfig, *, causal: bool) -> GMLPConfig:
+    """The configuration with this direction; the caller's own is left as it is."""
+    if config.is_decoder == causal:
+        return config
+    config = copy.deepcopy(config)
+    config.is_decoder = causal
+    return config
+
+
+def sinusoids(positions: Int[Tensor, "*batch tokens"], channels: int) -> Float[Tensor, "*batch tokens channels"]:
+    """Sine in the even and cosine in the odd channels, of wavelengths from 2π to 20000π (arXiv 1706.03762, 3.5)."""
+    steps = torch.arange(0, channels, 2, device=positions.device)
+    angles = positions.unsqueeze(-1) * torch.exp(steps * (-math.log(10_000) / channels))
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)[..., :channels]

@@ -1,0 +1,341 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+from allmlp.errors import UserError
+from allmlp.language import (
+    GMLPForCausalLM,
+    GMLPForMaskedLM,
+    GMLPForQuestionAnswering,
+    GMLPForSequenceClassification,
+    GMLPForTokenClassification,
+    GMLPModel,
+)
+from allmlp.language.modeling import sinusoids
+from allmlp.layers.spatial_gating import visible_tokens
+from tests.language.tiny import CONTEXT, OPTIONS, TOEPLITZ, VOCABULARY, tiny_config, tiny_model, tokens
+from tests.tolerances import assert_close
+
+AUTO = {
+    AutoModel: GMLPModel,
+    AutoModelForCausalLM: GMLPForCausalLM,
+    AutoModelForMaskedLM: GMLPForMaskedLM,
+    AutoModelForSequenceClassification: GMLPForSequenceClassification,
+    AutoModelForTokenClassification: GMLPForTokenClassification,
+    AutoModelForQuestionAnswering: GMLPForQuestionAnswering,
+}
+each_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+each_lm = pytest.mark.parametrize("kind", [GMLPForCausalLM, GMLPForMaskedLM])
+
+
+def first(model: nn.Module, *args, **kwargs) -> torch.Tensor:
+    with torch.no_grad():
+        return model(*args, return_dict=False, **kwargs)[0]
+
+
+def test_the_paper_model_is_its_equations() -> None:
+    model = tiny_model(GMLPForCausalLM, num_spatial_heads=1).double()
+    p = dict(model.named_parameters())
+    ids = tokens(2, CONTEXT)
+    x = p["model.embed_tokens.weight"][ids]
+    for i in range(3):
+        block = {name.split(f"layers.{i}.")[1]: value for name, value in p.items() if f"layers.{i}." in name}
+        h = F.layer_norm(x, (10,), block["norm.weight"], block["norm.bias"])
+        u, v = F.gelu(h @ block["proj_in.weight"].T + block["proj_in.bias"]).chunk(2, dim=-1)
+        v = F.layer_norm(v, (12,), block["sgu.norm.weight"], block["sgu.norm.bias"])
+        gate = torch.einsum("ij,bje->bie", block["sgu.weight"][0].tril(), v) + block["sgu.bias"][0][:, None]
+        x = x + (u * gate) @ block["proj_out.weight"].T + block["proj_out.bias"]
+    x = F.layer_norm(x, (10,), p["model.norm.weight"], p["model.norm.bias"])
+    assert_close(first(model, ids), x @ p["model.embed_tokens.weight"].T)
+
+
+@each_option
+def test_causal_means_causal_to_the_bit(options) -> None:
+    model = tiny_model(GMLPForCausalLM, **options)
+    ids = tokens(3, CONTEXT)
+    before = first(model, ids, use_cache=False)
+    for t in range(1, CONTEXT):
+        changed = ids.clone()
+        changed[:, t:] = (changed[:, t:] + 1 + torch.randint(0, VOCABULARY - 1, (3, CONTEXT - t))) % VOCABULARY
+        after = first(model, changed, use_cache=False)
+        assert torch.equal(after[:, :t], before[:, :t])
+        assert not torch.equal(after[:, t:], before[:, t:])
+
+
+@pytest.mark.parametrize("options", TOEPLITZ.values(), ids=TOEPLITZ.keys())
+def test_causal_through_the_fft_to_rounding(options, monkeypatch) -> None:
+    monkeypatch.setattr("allmlp.ops.toeplitz.FFT_TOKENS", 1)
+    model = tiny_model(GMLPForCausalLM, **options)
+    ids = tokens(1, 2 * CONTEXT)
+    changed = ids.clone()
+    changed[:, CONTEXT:] = (changed[:, CONTEXT:] + 1) % VOCABULARY
+    assert_close(first(model, changed)[:, :CONTEXT], first(model, ids)[:, :CONTEXT])
+
+
+@each_option
+def test_masked_models_read_in_both_directions(options) -> None:
+    model = tiny_model(GMLPForMaskedLM, **options)
+    ids = tokens(1, CONTEXT)
+    changed = ids.clone()
+    changed[:, -1] = (changed[:, -1] + 1) % VOCABULARY
+    assert not torch.equal(first(model, changed)[:, 0], first(model, ids)[:, 0])
+
+
+@each_lm
+@each_option
+def test_padding_changes_nothing_on_either_side(options, kind) -> None:
+    model = tiny_model(kind, **options)
+    lengths = [CONTEXT - 2, 4, 1]
+    rows = [tokens(1, n) for n in lengths]
+    for side in ("left", "right", "middle"):
+        ids = torch.full((3, CONTEXT - 2), VOCABULARY - 1)
+        mask = torch.zeros(3, CONTEXT - 2, dtype=torch.long)
+        for b, (row, n) in enumerate(zip(rows, lengths, strict=True)):
+            spread = [0, *range(CONTEXT - 1 - n, CONTEXT - 2)] if n > 1 else [3]
+            where = {"left": slice(-n, None), "right": slice(0, n), "middle": spread}[side]
+            ids[b, where], mask[b, where] = row[0], 1
+        out = first(model, ids, attention_mask=mask)
+        for b, row in enumerate(rows):
+            assert_close(out[b, mask[b].bool()], first(model, row)[0].double())
+
+
+@each_lm
+def test_a_row_of_padding_alone_harms_nobody(kind) -> None:
+    model = tiny_model(kind, tiny_attention_size=4)
+    mask = torch.tensor([[1, 1, 1], [0, 0, 0]])
+    assert first(model, tokens(2, 3), attention_mask=mask).isfinite().all()
+
+
+# A token shift reads its neighbours whatever the mask says.
+@pytest.mark.parametrize("options", [o for o in OPTIONS.values() if "token_shift" not in o], ids=lambda o: "-".join(o))
+def test_a_visibility_mask_makes_a_prefix_language_model(options) -> None:
+    model, ids, prefix = tiny_model(GMLPForCausalLM, **options), tokens(2, CONTEXT), 5
+    mask = visible_tokens(CONTEXT, causal=True)
+    mask[:prefix, :prefix] = True
+    before = first(model, ids, visibility_mask=mask)
+    for changed_at in range(CONTEXT):
+        changed = ids.clone()
+        changed[:, changed_at] = (changed[:, changed_at] + 1) % VOCABULARY
+        after = first(model, changed, visibility_mask=mask)
+        untouched = 0 if changed_at < prefix else changed_at
+        assert torch.equal(after[:, :untouched], before[:, :untouched])
+        assert not torch.equal(after[:, 0], before[:, 0]) or changed_at >= prefix
+    for same in ({"attention_mask": mask.expand(2, -1, -1)}, {"attention_mask": mask.expand(2, 1, -1, -1)}):
+        assert torch.equal(first(model, ids, **same), before)
+    causal = visible_tokens(CONTEXT, causal=True)
+    assert_close(first(model, ids, visibility_mask=causal), first(model, ids).double())
+
+
+@each_lm
+def test_visibility_and_padding_together(kind) -> None:
+    model = tiny_model(kind, tiny_attention_size=4, num_spatial_heads=2)
+    row, n = tokens(1, 6), 6
+    visible = torch.rand(n, n) < 0.7
+    expected = first(model, row, visibility_mask=visible)
+    padded = torch.cat([tokens(1, 3), row], dim=1)
+    mask = torch.cat([torch.zeros(1, 3), torch.ones(1, n)], dim=1)
+    wide = torch.ones(n + 3, n + 3, dtype=torch.bool)
+    wide[3:, 3:] = visible
+    assert_close(first(model, padded, attention_mask=mask, visibility_mask=wide)[:, 3:], expected.double())
+
+
+@each_lm
+@each_option
+def test_saved_models_come_back_through_the_auto_classes(options, kind, tmp_path) -> None:
+    model = tiny_model(kind, **options)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").is_file()
+    auto = AutoModelForCausalLM if kind is GMLPForCausalLM else AutoModelForMaskedLM
+    loaded = auto.from_pretrained(tmp_path)
+    assert type(loaded) is kind
+    assert loaded.config.is_decoder == (kind is GMLPForCausalLM)
+    ids = tokens(2, 7)
+    assert torch.equal(first(loaded, ids), first(model, ids))
+    backbone = AutoModel.from_pretrained(tmp_path)
+    assert torch.equal(first(backbone, ids), first(model.model, ids))
+
+
+@pytest.mark.parametrize(("auto", "kind"), AUTO.items(), ids=lambda c: c.__name__)
+def test_auto_classes_build_and_initialise(auto, kind) -> None:
+    model = auto.from_config(tiny_config())
+    assert type(model) is kind
+    for block in model.get_submodule("model.layers" if kind is not GMLPModel else "layers"):
+        assert block.sgu.weight.abs().max() <= 1e-3 / CONTEXT
+        assert (block.sgu.bias == 1).all()
+        assert block.proj_in.weight.std().item() == pytest.approx(0.02, rel=0.3)
+
+
+def test_heads_are_initialised_when_a_backbone_is_fine_tuned(tmp_path) -> None:
+    tiny_model(GMLPForMaskedLM).save_pretrained(tmp_path)
+    model = GMLPForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
+    assert model.score.weight.shape == (3, 10)
+    assert 0 < model.score.weight.std() < 0.1
+    assert not model.config.is_decoder
+
+
+def test_the_callers_configuration_is_left_alone() -> None:
+    config = tiny_config()
+    assert GMLPForCausalLM(config).config.is_decoder
+    assert not config.is_decoder
+
+
+@each_lm
+def test_embeddings_resize_with_the_head(kind) -> None:
+    for options in ({}, {"tie_word_embeddings": False, "lm_head_bias": True}):
+        model = tiny_model(kind, **options)
+        ids = tokens(2, 5)
+        before = first(model, ids)
+        model.resize_token_embeddings(VOCABULARY + 4, mean_resizing=False)
+        after = first(model, ids)
+        assert after.shape[-1] == VOCABULARY + 4
+        assert_close(after[..., :VOCABULARY], before.double())
+        assert model(torch.tensor([[VOCABULARY + 3]])).logits.isfinite().all()
+
+
+def test_tied_heads_share_their_weight() -> None:
+    assert tiny_model(GMLPForCausalLM).lm_head.weight is not None
+    tied, untied = tiny_model(GMLPForCausalLM), tiny_model(GMLPForCausalLM, tie_word_embeddings=False)
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+    assert untied.num_parameters() == tied.num_parameters() + VOCABULARY * 10
+
+
+@each_option
+def test_embeddings_may_be_given_in_place_of_ids(options) -> None:
+    model, ids = tiny_model(GMLPForCausalLM, **options), tokens(2, 5)
+    embeds = model.get_input_embeddings()(ids)
+    assert torch.equal(first(model, inputs_embeds=embeds), first(model, ids))
+
+
+def test_hidden_states_are_the_embedding_and_every_blocks_output() -> None:
+    model, ids = tiny_model(GMLPForCausalLM), tokens(2, 5)
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    out = model.model(ids, attention_mask=mask, output_hidden_states=True)
+    assert len(out.hidden_states) == 4
+    assert torch.equal(out.hidden_states[0], model.get_input_embeddings()(ids))
+    assert torch.equal(out.hidden_states[-1], out.last_hidden_state)
+    assert model(ids).hidden_states is None
+
+
+def test_next_token_loss_shifts_the_labels() -> None:
+    model, ids = tiny_model(GMLPForCausalLM), tokens(2, 6)
+    labels = ids.clone()
+    labels[0, 3] = -100
+    out = model(ids, labels=labels)
+    targets = labels[:, 1:].flatten()
+    assert_close(out.loss, F.cross_entropy(out.logits[:, :-1].flatten(0, 1), targets).double())
+    assert out.past_key_values is None
+    summed = model(ids, labels=labels, num_items_in_batch=torch.tensor(5)).loss
+    assert_close(summed, out.loss.double() * 9 / 5)
+
+
+def test_masked_loss_does_not_shift() -> None:
+    model, ids = tiny_model(GMLPForMaskedLM), tokens(2, 6)
+    labels = torch.where(torch.rand(2, 6) < 0.5, ids, -100)
+    labels[0, 0] = ids[0, 0]
+    out = model(ids, labels=labels)
+    assert_close(out.loss, F.cross_entropy(out.logits.flatten(0, 1), labels.flatten()).double())
+
+
+def test_logits_to_keep() -> None:
+    model, ids = tiny_model(GMLPForCausalLM), tokens(2, 6)
+    every = first(model, ids)
+    assert_close(first(model, ids, logits_to_keep=2), every[:, -2:].double())
+    assert_close(first(model, ids, logits_to_keep=torch.tensor([0, 3])), every[:, [0, 3]].double())
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_sequence_classification_reads_real_tokens(side, causal) -> None:
+    model = tiny_model(GMLPForSequenceClassification, is_decoder=causal, num_labels=3)
+    rows = [tokens(1, 5), tokens(1, 3)]
+    mask = torch.tensor([[1] * 5, [0, 0, 1, 1, 1] if side == "left" else [1, 1, 1, 0, 0]])
+    ids = tokens(2, 5).masked_scatter(mask.bool(), torch.cat([row[0] for row in rows]))
+    out = first(model, ids, attention_mask=mask)
+    for b, row in enumerate(rows):
+        assert_close(out[b], first(model, row)[0].double())
+    hidden = first(model.model, rows[0])[0]
+    pooled = hidden[-1] if causal else hidden.mean(0)
+    assert_close(out[0], model.score(pooled).detach().double())
+
+
+def test_classification_losses() -> None:
+    ids = tokens(2, 5)
+    model = tiny_model(GMLPForSequenceClassification, num_labels=3)
+    out = model(ids, labels=torch.tensor([2, 0]))
+    assert_close(out.loss, F.cross_entropy(out.logits, torch.tensor([2, 0])).double())
+    regression = tiny_model(GMLPForSequenceClassification, num_labels=1)
+    out = regression(ids, labels=torch.tensor([0.5, -1.0]))
+    assert_close(out.loss, F.mse_loss(out.logits.squeeze(), torch.tensor([0.5, -1.0])).double())
+    labels = torch.randint(0, 3, (2, 5))
+    tagged = tiny_model(GMLPForTokenClassification, num_labels=3)(ids, labels=labels)
+    assert_close(tagged.loss, F.cross_entropy(tagged.logits.flatten(0, 1), labels.flatten()).double())
+    start, end = torch.tensor([0, 2]), torch.tensor([1, 4])
+    answer = tiny_model(GMLPForQuestionAnswering)(ids, start_positions=start, end_positions=end)
+    expected = F.cross_entropy(answer.start_logits, start) + F.cross_entropy(answer.end_logits, end)
+    assert_close(answer.loss, expected.double() / 2)
+
+
+@each_option
+def test_gradients_reach_every_parameter_and_checkpointing_changes_none(options) -> None:
+    ids = tokens(2, CONTEXT)
+    grads = []
+    for checkpointing in (False, True):
+        model = tiny_model(GMLPForCausalLM, **{**options, "survival_probability": 1.0, "hidden_dropout": 0.0}).train()
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        model(ids, labels=ids).loss.backward()
+        grads.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, grad in grads[0].items():
+        assert grad is not None, name
+        assert grad.any(), name
+        assert_close(grads[1][name], grad.double())
+
+
+def test_stochastic_depth_drops_blocks_for_single_sequences() -> None:
+    model = tiny_model(GMLPForCausalLM, survival_probability=0.5).train()
+    ids = tokens(1, 5).expand(400, -1)
+    outputs = {tuple(row.flatten().tolist()) for row in first(model, ids)}
+    assert len(outputs) == 2**3
+    model.eval()
+    assert torch.equal(first(model, ids)[0], first(model, ids)[399])
+    block = model.model.layers[0].train()
+    x = torch.randn(1, 5, 10)
+    branch = (block(x.expand(4000, -1, -1)) - x).mean(0)
+    torch.testing.assert_close(branch, (block.eval()(x) - x)[0], rtol=0.1, atol=0.1)
+
+
+def test_sinusoids_alternate_sine_and_cosine() -> None:
+    table = sinusoids(torch.arange(50), 7)
+    for p in (0, 1, 49):
+        for c in range(7):
+            angle = p / 10_000 ** ((c - c % 2) / 7)
+            assert table[p, c].item() == pytest.approx(math.cos(angle) if c % 2 else math.sin(angle), abs=1e-5)
+
+
+def test_bad_input_is_refused_in_a_sentence() -> None:
+    model = tiny_model(GMLPForCausalLM)
+    with pytest.raises(UserError, match="token ids must lie between 0 and 30, got 31; does the tokenizer belong"):
+        model(torch.tensor([[3, VOCABULARY]]))
+    with pytest.raises(UserError, match="between 0 and 30, got -1"):
+        model(torch.tensor([[3, -1]]))
+    with pytest.raises(UserError, match="the input is empty"):
+        model(tokens(2, 0))
+    with pytest.raises(UserError, match="either input_ids or inputs_embeds"):
+        model()
+    with pytest.raises(UserError, match=f"{CONTEXT + 1} tokens do not fit the model's context of {CONTEXT}"):
+        model(tokens(1, CONTEXT + 1))
+    with pytest.raises(UserError, match=f"{CONTEXT + 1} tokens do not fit the model's context of {CONTEXT}"):
+        tiny_model(GMLPForMaskedLM)(tokens(1, CONTEXT + 1))
+    with pytest.raises(UserError, match="only causal models have a decoding cache"):
+        tiny_model(GMLPModel)(tokens(1, 3), use_cache=True)

@@ -1,0 +1,158 @@
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from allmlp.layers import SpatialGatingUnit, TinyAttention
+from allmlp.layers.spatial_gating import visible_tokens
+from tests.layers.parity import assert_matches, normalise
+from tests.tolerances import assert_close
+
+TOKENS, CHANNELS, BLOCK = 6, 12, 5
+OPTIONS = {
+    "plain": {},
+    "causal": {"causal": True},
+    "heads": {"heads": 3},
+    "no-split": {"split": False},
+    "attention": {"attention_size": 4},
+    "causal-attention-heads": {"causal": True, "attention_size": 4, "heads": 2},
+    "toeplitz": {"toeplitz": True},
+    "toeplitz-causal-attention-heads": {"toeplitz": True, "causal": True, "attention_size": 4, "heads": 2},
+}
+
+
+def unit(tokens: int = TOKENS, **options) -> SpatialGatingUnit:
+    channels = {"attention_channels": BLOCK} if options.get("attention_size") else {}
+    return SpatialGatingUnit(CHANNELS, tokens, gate_act=torch.tanh, **channels, **options)
+
+
+def randomised(layer: nn.Module) -> nn.Module:
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    return layer.eval()
+
+
+def reference(layer: SpatialGatingUnit, mask: torch.Tensor | None = None):
+    """The unit's equations, token by token. `mask[b, i, j]`: token i of row b reads token j."""
+
+    def sees(b: int, i: int, j: int) -> bool:
+        near = not layer.toeplitz or abs(i - j) < layer.tokens
+        return near and (bool(mask[b, i, j]) if mask is not None else not (layer.causal and j > i))
+
+    def attend(p, h, b, i):
+        q, k, v = (p["attention.qkv.weight"] @ h[b].T).T.chunk(3, dim=-1)
+        seen = [j for j in range(h.shape[1]) if sees(b, i, j)]
+        if not seen:
+            return p["attention.proj.bias"]
+        shares = (k[seen] @ q[i] / q.shape[-1] ** 0.5).softmax(0)
+        return p["attention.proj.weight"] @ (shares @ v[seen]) + p["attention.proj.bias"]
+
+    def forward(p, x, h=None):
+        u, v = x.chunk(2, dim=-1) if layer.split else (x, x)
+        v = normalise(v, (-1,), 1e-5) * p["norm.weight"] + p["norm.bias"]
+        heads, width = layer.weight.shape[0], v.shape[-1] // layer.weight.shape[0]
+        rows = []
+        for b, i in itertools.product(range(x.shape[0]), range(x.shape[1])):
+            gate = p["bias"][:, 0 if layer.toeplitz else i].repeat_interleave(width)
+            for j in range(x.shape[1]):
+                if sees(b, i, j):
+                    w = p["weight"][:, i - j + layer.tokens - 1] if layer.toeplitz else p["weight"][:, i, j]
+                    gate = gate + w.repeat_interleave(width) * v[b, j]
+            if h is not None:
+                gate = gate + attend(p, h, b, i)
+            rows.append(u[b, i] * torch.tanh(gate))
+        assert heads * width == v.shape[-1]
+        return torch.stack(rows).view(*x.shape[:2], -1)
+
+    return forward
+
+
+def inputs(layer: SpatialGatingUnit, tokens: int = TOKENS) -> list[torch.Tensor]:
+    return [torch.randn(2, tokens, CHANNELS)] + ([torch.randn(2, tokens, BLOCK)] if layer.attention is not None else [])
+
+
+@pytest.mark.parametrize("tokens", [TOKENS, 4, 1])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_output_and_gradients_match_the_equations(options, tokens) -> None:
+    layer = unit(**options)
+    assert_matches(layer, reference(layer), *inputs(layer, tokens))
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIONS if name.startswith("toeplitz")])
+def test_toeplitz_goes_on_beyond_the_trained_length(name) -> None:
+    layer = unit(tokens=3, **OPTIONS[name])
+    assert_matches(layer, reference(layer), *inputs(layer, 8))
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_a_mask_says_who_reads_whom(options) -> None:
+    layer = randomised(unit(**options)).double()
+    x = [t.double() for t in inputs(layer)]
+    one, per_row = torch.rand(TOKENS, TOKENS) < 0.6, torch.rand(2, TOKENS, TOKENS) < 0.6
+    parameters = dict(layer.named_parameters())
+    assert_close(layer(*x, mask=one), reference(layer, one.expand(2, -1, -1))(parameters, *x))
+    assert_close(layer(*x, mask=per_row), reference(layer, per_row)(parameters, *x))
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_padding_is_read_by_nobody(options) -> None:
+    layer = randomised(unit(**options)).double()
+    x = [t.double() for t in inputs(layer)]
+    padding = torch.tensor([[1, 0, 1, 1, 0, 1], [1, 1, 1, 0, 0, 0]]).bool()
+    seen = visible_tokens(TOKENS, causal=layer.causal) & padding.unsqueeze(1)
+    out = layer(*x, padding=padding)
+    assert_close(out[padding], reference(layer, seen)(dict(layer.named_parameters()), *x)[padding])
+    changed = [torch.where(padding.unsqueeze(-1), t, torch.randn_like(t)) for t in x]
+    assert torch.equal(layer(*changed, padding=padding)[padding], out[padding])
+
+
+@pytest.mark.parametrize("options", [o for o in OPTIONS.values() if o.get("causal")], ids=lambda o: "-".join(o))
+def test_causal_reads_nothing_later_to_the_bit(options) -> None:
+    layer = randomised(unit(**options))
+    x = inputs(layer)
+    out = layer(*x)
+    for t in range(1, TOKENS):
+        changed = [torch.cat([part[:, :t], torch.randn_like(part[:, t:])], dim=1) for part in x]
+        assert torch.equal(layer(*changed)[:, :t], out[:, :t])
+
+
+def test_a_new_unit_passes_its_input_on() -> None:
+    layer = SpatialGatingUnit(CHANNELS, TOKENS, heads=2)
+    x = torch.randn(2, TOKENS, CHANNELS)
+    assert layer.weight.abs().max() <= 1e-3 / TOKENS
+    torch.testing.assert_close(layer(x), x[..., : CHANNELS // 2], rtol=1e-2, atol=0)
+
+
+def test_one_row_of_the_band() -> None:
+    assert visible_tokens(4, causal=True, reach=2)[2].tolist() == [False, True, True, False]
+    assert visible_tokens(4, causal=False, reach=2)[1].tolist() == [True, True, True, False]
+
+
+def test_tiny_attention_masks_take_the_place_of_causality() -> None:
+    attention = randomised(TinyAttention(BLOCK, 7, 4, causal=True))
+    x = torch.randn(2, TOKENS, BLOCK)
+    everything = torch.ones(TOKENS, TOKENS, dtype=torch.bool)
+    assert_close(attention(x, everything.tril()), attention(x).double())
+    attention.causal = False
+    assert_close(attention(x, everything), attention(x).double())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((7, 4), {}, "channels must be even to be split in halves, got 7"),
+        ((12, 4), {"heads": 4}, "heads must divide the gate's 6 channels, got 4"),
+        ((12, 4), {"attention_size": 4}, "attention_channels .* is needed with attention_size"),
+    ],
+)
+def test_bad_sizes_are_refused(arguments, options, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        SpatialGatingUnit(*arguments, **options)
+
+
+def test_bad_inputs_are_refused() -> None:
+    with pytest.raises(ValueError, match="the input has 7 tokens, the spatial gating unit takes at most 6"):
+        unit()(torch.randn(1, 7, CHANNELS))
+    with pytest.raises(ValueError, match="needs block_input"):
+        unit(attention_size=4)(torch.randn(1, TOKENS, CHANNELS))
