@@ -4,8 +4,6 @@ For images it is what transformers calls a TimmWrapper checkpoint: `config.json`
 arguments, `model.safetensors` holds timm's own keys.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -26,6 +24,9 @@ CONFIG, WEIGHTS, RECIPE, METRICS, REPORT = "config.json", "model.safetensors", "
 CHECKPOINT = "checkpoint-"
 VISION = "timm_wrapper"
 _PREFIX = "timm_model."
+
+TimmModel = Any
+"""An `nn.Module` with timm's interface: `pretrained_cfg`, `num_classes`, `no_weight_decay()` and so on."""
 
 
 @contextlib.contextmanager
@@ -50,7 +51,7 @@ def write_json(path: str | Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def classifier(model: nn.Module, architecture: str, model_args: Mapping[str, Any], classes: Sequence[str]) -> Any:
+def classifier(model: TimmModel, architecture: str, model_args: Mapping[str, Any], classes: Sequence[str]) -> Any:
     """A timm model as transformers' image classifier, the same weights inside.
 
     Args:
@@ -64,14 +65,14 @@ def classifier(model: nn.Module, architecture: str, model_args: Mapping[str, Any
     """
     from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
-    config = TimmWrapperConfig(
-        architecture=architecture,
-        model_args=dict(model_args) or None,
-        num_labels=len(classes),
-        id2label=dict(enumerate(classes)),
-        label2id={name: index for index, name in enumerate(classes)},
-        pretrained_cfg=_plain({**model.pretrained_cfg, "num_classes": len(classes), "label_names": None}),
-    )
+    described = {
+        "architecture": architecture,
+        "model_args": dict(model_args) or None,
+        "num_classes": len(classes),
+        "label_names": list(classes),
+        "pretrained_cfg": _plain({**model.pretrained_cfg, "label_names": None}),
+    }
+    config = TimmWrapperConfig.from_dict(described)
     # on the meta device, since transformers would initialise the weights anew
     with torch.device("meta"):
         wrapped = TimmWrapperForImageClassification(config)
@@ -122,7 +123,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     return config
 
 
-def load(source: str | Path) -> nn.Module:
+def load(source: str | Path) -> TimmModel:
     """The model of a run directory, ready to use: timm's module for images, in eval mode, on the CPU.
 
     Its `pretrained_cfg` says how images are prepared for it and holds the classes' names under `label_names`.
@@ -139,7 +140,7 @@ def load(source: str | Path) -> nn.Module:
     return load_classifier(source, config)
 
 
-def load_classifier(directory: str | Path, config: Mapping[str, Any]) -> nn.Module:
+def load_classifier(directory: str | Path, config: Mapping[str, Any]) -> TimmModel:
     """The timm model that a configuration describes, with the weights beside it, in eval mode."""
     import allmlp.vision  # noqa: F401 registers the architectures with timm
 
@@ -158,21 +159,30 @@ def load_classifier(directory: str | Path, config: Mapping[str, Any]) -> nn.Modu
     return model.eval()
 
 
-def create_model(architecture: str, **arguments: Any) -> nn.Module:
+def create_model(architecture: str, **arguments: Any) -> TimmModel:
     """`timm.create_model` with a clear message.
 
     Raises:
         UserError: timm knows no such model (the nearest names are offered), or the model no such argument.
     """
-    if not timm.is_model(architecture.split(".")[0]):
-        raise UserError(f"There is no model '{architecture}'.{nearest(architecture, timm.list_models())}")
+    require_architecture(architecture)
     try:
         return timm.create_model(architecture, **arguments)
     except (TypeError, ValueError, AssertionError) as error:
         raise UserError(f"{architecture} cannot be made with these arguments: {error}") from error
 
 
-def load_weights(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+def require_architecture(name: str) -> None:
+    """Does nothing where timm knows a model of this name.
+
+    Raises:
+        UserError: It does not; the nearest names are offered.
+    """
+    if not timm.is_model(name.split(".")[0]):
+        raise UserError(f"There is no model '{name}'.{nearest(name, timm.list_models())}")
+
+
+def load_weights(model: TimmModel, state: Mapping[str, Tensor], where: str) -> None:
     """Loads weights, all of them and no others.
 
     Raises:

@@ -3,8 +3,6 @@
 Legend of the shapes: B images, C channels, H × W pixels.
 """
 
-from __future__ import annotations
-
 import contextlib
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +12,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from timm.data import Mixup, create_transform
-from timm.data.auto_augment import AugmentOp
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -24,8 +21,8 @@ from allmlp.data.images import IMAGE_MODES
 from allmlp.data.labelled_images import LabelledImages, UnreadableImage, decode
 from allmlp.errors import UserError
 
-ImageTransform = transforms.Compose
-"""From a PIL image to uint8 `[C, H, W]`."""
+ImageTransform = Any
+"""A torchvision `Compose` from a PIL image to uint8 pixels `[C, H, W]`."""
 
 
 class ImageBatches(Dataset):
@@ -108,7 +105,7 @@ class ImageBatches(Dataset):
             raise
 
 
-def as_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def as_is(batch: Any) -> Any:
     """The collate function for `ImageBatches`, whose batches need none."""
     return batch
 
@@ -142,18 +139,17 @@ def training_transform(
     Raises:
         UserError: timm does not know the policy.
     """
+    settings: dict[str, Any] = {
+        "input_size": cfg["input_size"],
+        "mean": cfg["mean"],
+        "interpolation": cfg.get("interpolation", "bilinear"),
+        "scale": (crop_scale, 1.0),
+        "hflip": hflip,
+        "color_jitter": color_jitter or None,
+        "auto_augment": auto_augment,
+    }
     try:
-        transform = create_transform(
-            cfg["input_size"],
-            is_training=True,
-            scale=(crop_scale, 1.0),
-            hflip=hflip,
-            color_jitter=color_jitter or None,
-            auto_augment=auto_augment,
-            interpolation=cfg.get("interpolation", "bilinear"),
-            mean=cfg["mean"],
-            use_prefetcher=True,
-        )
+        transform: ImageTransform = create_transform(**settings, is_training=True, use_prefetcher=True)
     except (AssertionError, KeyError, ValueError, IndexError) as error:
         raise UserError(f"auto_augment is '{auto_augment}', which is no policy of timm's: {error}") from error
     if crop == "padded":
@@ -170,7 +166,7 @@ def _keep_a_bit(transform: ImageTransform) -> None:
     for step in transform.transforms:
         policies = [getattr(step, "ops", []), *getattr(step, "policy", [])]
         for operation in (operation for policy in policies for operation in policy):
-            if isinstance(operation, AugmentOp) and operation.name.startswith("Posterize"):
+            if operation.name.startswith("Posterize"):
                 operation.aug_fn = _posterized(operation.aug_fn)
 
 

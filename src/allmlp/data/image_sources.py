@@ -1,7 +1,5 @@
 """Where labelled images lie: one function per kind of place, each giving the classes and the splits."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -45,8 +43,8 @@ def digits() -> Found:
     """scikit-learn's 1,797 handwritten digits, 8×8 scans with 17 grey levels, scaled to 0…255."""
     from sklearn.datasets import load_digits
 
-    scans, labels = load_digits(return_X_y=True)
-    pixels = np.round(scans.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    scans, labels = (np.asarray(part) for part in load_digits(return_X_y=True))
+    pixels = (scans.reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8)
     names = [f"digit {index}" for index in range(len(labels))]
     images = LabelledImages(sources=pixels, labels=labels, names=names)
     return tuple(str(digit) for digit in range(10)), {"train": images}

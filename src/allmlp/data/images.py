@@ -1,7 +1,5 @@
 """Labelled images from wherever they lie: embedded digits, class folders, parquet files, the Hub."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 
@@ -138,7 +136,9 @@ def hold_out(images: LabelledImages, share: float, seed: int) -> tuple[LabelledI
 
     classes = len(np.unique(images.labels))
     held_out = min(max(round(share * len(images)), classes), len(images) - classes)
-    kept, out = train_test_split(np.arange(len(images)), test_size=held_out, random_state=seed, stratify=images.labels)
+    kept, out = train_test_split(
+        np.arange(len(images)), test_size=held_out, random_state=seed, stratify=images.labels.tolist()
+    )
     return images.subset(np.sort(kept)), images.subset(np.sort(out))
 
 

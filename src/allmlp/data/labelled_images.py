@@ -1,7 +1,5 @@
 """Labelled images, and the reading of one image."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import io
@@ -33,14 +31,14 @@ class LabelledImages:
         names: A name for each image: its file, or its row.
     """
 
-    sources: Sequence[Any]
+    sources: Sequence[Any] | np.ndarray
     labels: Int[np.ndarray, " images"]
     names: Sequence[str]
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def subset(self, indices: Sequence[int] | Int[np.ndarray, " chosen"]) -> LabelledImages:
+    def subset(self, indices: Sequence[int] | Int[np.ndarray, " chosen"]) -> "LabelledImages":
         """The images at these places, in this order."""
         chosen = np.asarray(indices, dtype=np.int64)
         sources = self.sources[chosen] if isinstance(self.sources, np.ndarray) else _Chosen(self.sources, chosen)

@@ -1,1 +1,37 @@
-"""From a recipe to a trained run directory."""
+"""From a recipe to a trained run directory, and what a run directory knows."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from allmlp.training.recipe import Recipe
+
+# The modules are imported when their task comes up: the command line's help needs none of them.
+_TRAINERS = {"image-classification": "allmlp.training.vision"}
+
+
+def train(recipe: Recipe, output: str | Path, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+    """Trains what the recipe's task says and writes the run directory.
+
+    Args:
+        recipe: The hyper-parameters.
+        output: The run directory.
+        resume: Go on from the last checkpoint in it.
+        overwrite: Replace a former run in it.
+
+    Returns:
+        What its `metrics.json` holds.
+
+    Raises:
+        UserError: Data, model or run directory cannot be used.
+        Interrupted: It was asked to stop and has saved a checkpoint.
+    """
+    return import_module(_TRAINERS[recipe.task]).train(recipe, output, resume=resume, overwrite=overwrite)
+
+
+def summary(metrics: dict[str, Any], output: str | Path) -> str:
+    """What there is to say at the end of a training: the score, the speed, where everything lies."""
+    return import_module(_TRAINERS[metrics["task"]]).summary(metrics, Path(output))

@@ -1,7 +1,5 @@
 """What the Trainer calls while it runs: progress on the screen, averaged weights, TensorBoard's graph, interruption."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import signal
@@ -82,7 +80,7 @@ class Progress(TrainerCallback):
             if self.bar is not None:
                 self.bar.set_postfix(loss=f"{self.loss:.3f}", lr=f"{logs['learning_rate']:.1e}")
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
         parts = [f"epoch {state.epoch:5.1f} of {args.num_train_epochs:g}", f"step {state.global_step:,}"]
@@ -111,12 +109,12 @@ class AveragedWeights(TrainerCallback):
         self.decay, self.resume_from = decay, resume_from
         self.average: ModelEmaV3 | None = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.average = ModelEmaV3(model, decay=self.decay, use_warmup=True)
         if self.resume_from is not None:
             load_model(self.average.module, self.resume_from / EMA_WEIGHTS)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         assert self.average is not None
         self.average.update(model, step=state.global_step)
 
@@ -161,7 +159,8 @@ class TensorBoard(TensorBoardCallback):
     def __init__(self, directory: Path, module: nn.Module, example: Tensor, resumed_at: int | None = None):
         from torch.utils.tensorboard import SummaryWriter
 
-        super().__init__(SummaryWriter(str(directory), purge_step=resumed_at))
+        self.writer = SummaryWriter(str(directory), purge_step=resumed_at)
+        super().__init__(self.writer)
         self.module, self.example = module, example
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -174,7 +173,7 @@ class TensorBoard(TensorBoardCallback):
             with warnings.catch_warnings(), torch.no_grad():
                 # drawing traces the model, which torch calls deprecated and the models' shape checks make it mention
                 warnings.simplefilter("ignore")
-                self.tb_writer.add_graph(self.module.eval(), self.example.to(device))
+                self.writer.add_graph(self.module.eval(), self.example.to(device))
         # a model that cannot be traced still trains
         except Exception as error:
             _log.info("TensorBoard gets no graph: %s", str(error).strip().splitlines()[0])

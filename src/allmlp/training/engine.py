@@ -1,7 +1,5 @@
 """The Hugging Face Trainer as every training here uses it: from a recipe, resumable, with averaged weights."""
 
-from __future__ import annotations
-
 import logging
 import os
 import platform
@@ -98,14 +96,18 @@ class Engine(Trainer):
                 f"go on with: allmlp train --resume --output {self.args.output_dir}"
             )
         if self.averaged:
-            self.averaged.swap(self.model)
+            self.averaged.swap(self._weights())
+
+    def _weights(self) -> nn.Module:
+        assert self.model is not None
+        return self.model
 
     def evaluate(self, *arguments: Any, **settings: Any) -> dict[str, float]:
         """The Trainer's evaluation, of the averaged weights where there are any."""
         self.progress.pause()
         if self.averaged is None or not self.is_in_train:
             return super().evaluate(*arguments, **settings)
-        with self.averaged.swapped(self.model):
+        with self.averaged.swapped(self._weights()):
             return super().evaluate(*arguments, **settings)
 
 

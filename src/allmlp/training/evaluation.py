@@ -1,7 +1,5 @@
 """What a trained image classifier knows: accuracy on labelled images, classes of unlabelled ones."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,16 +8,18 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from allmlp.checkpoints import run_directory
+from allmlp.checkpoints.run_directory import TimmModel
 from allmlp.data.image_batches import ImageBatches, as_is, evaluation_transform
 from allmlp.data.images import IMAGE_MODES, load_images, read_images
 from allmlp.data.labelled_images import LabelledImages, UnreadableImage, decode
 from allmlp.errors import UserError
+from allmlp.tables import table
 from allmlp.training.recipe import VisionRecipe, make_recipe, read_settings
 
 
@@ -30,7 +30,7 @@ def evaluation_batches(images: LabelledImages, cfg: dict[str, Any]) -> ImageBatc
 
 @torch.inference_mode()
 def logits_of(
-    model: nn.Module, batches: ImageBatches, batch_size: int = 256, workers: int = 0
+    model: TimmModel, batches: ImageBatches, batch_size: int = 256, workers: int = 0
 ) -> tuple[Float[Tensor, "images classes"], Int[Tensor, " images"]]:
     """A model's logits for labelled images, in float32 and in eval mode.
 
@@ -60,12 +60,9 @@ def accuracy_of(
     logits: Float[Tensor, "images classes"], labels: Int[Tensor, " images"], classes: Sequence[str]
 ) -> dict[str, Any]:
     """Loss, top-1 and top-5 accuracy, and each class's accuracy (its recall), precision and number of images."""
-    from sklearn.metrics import precision_recall_fscore_support
-
     predicted = logits.argmax(1)
-    precision, recall, _, support = precision_recall_fscore_support(
-        labels.numpy(), predicted.numpy(), labels=np.arange(len(classes)), zero_division=0
-    )
+    counts = confusion(labels, predicted, len(classes))
+    right, present, said = counts.diagonal(), counts.sum(1), counts.sum(0)
     best = logits.topk(min(5, len(classes)), dim=1).indices
     return {
         "images": len(labels),
@@ -73,11 +70,22 @@ def accuracy_of(
         "accuracy": (predicted == labels).float().mean().item(),
         "top5": (best == labels[:, None]).any(1).float().mean().item(),
         "per_class": {
-            name: {"accuracy": float(recall[i]), "precision": float(precision[i]), "images": int(support[i])}
+            name: {
+                "accuracy": (right[i] / present[i]).item(),
+                "precision": (right[i] / said[i].clamp(min=1)).item(),
+                "images": int(present[i]),
+            }
             for i, name in enumerate(classes)
-            if support[i]
+            if present[i]
         },
     }
+
+
+def confusion(
+    true: Int[Tensor, " images"], predicted: Int[Tensor, " images"], classes: int
+) -> Int[Tensor, "classes classes"]:
+    """How many images of each class (row) are taken for each class (column)."""
+    return torch.bincount(true * classes + predicted, minlength=classes * classes).view(classes, classes)
 
 
 def evaluate(
@@ -143,7 +151,7 @@ def predict(run: str, files: Sequence[str], *, top_k: int = 5, strict: bool = Fa
     if top_k < 1:
         raise UserError(f"top_k is {top_k}; it must be at least 1.")
     batches = evaluation_batches(LabelledImages(sources=[], labels=np.empty(0), names=[]), cfg)
-    results = []
+    results: list[dict[str, Any]] = []
     paths = _files(files)
     for path in tqdm(paths, desc="predicting", unit=" images", leave=False, disable=None, delay=1):
         try:
@@ -158,14 +166,37 @@ def predict(run: str, files: Sequence[str], *, top_k: int = 5, strict: bool = Fa
     return results
 
 
+def accuracy_text(found: dict[str, Any]) -> str:
+    """What `evaluate` found, as text."""
+    rows = [("class", "images", "accuracy", "precision")]
+    for name, figures in found["per_class"].items():
+        rows.append((name, f"{figures['images']:,}", f"{figures['accuracy']:.2%}", f"{figures['precision']:.2%}"))
+    return (
+        f"{found['run']} on {found['data']} ({found['part']}), {found['images']:,} images\n"
+        f"accuracy {found['accuracy']:.2%}, top 5 {found['top5']:.2%}, loss {found['loss']:.4f}\n\n"
+        + table(rows, right=(1, 2, 3))
+    )
+
+
+def predictions_text(found: list[dict[str, Any]]) -> str:
+    """What `predict` found, as text."""
+    readable = [entry for entry in found if "error" not in entry]
+    return table(
+        [
+            (entry["file"], *(f"{each['label']} {each['probability']:.1%}" for each in entry["predictions"]))
+            for entry in readable
+        ]
+    )
+
+
 @torch.inference_mode()
-def probabilities(model: nn.Module, batches: ImageBatches, image: Image.Image) -> Float[Tensor, " classes"]:
+def probabilities(model: TimmModel, batches: ImageBatches, image: Image.Image) -> Float[Tensor, " classes"]:
     """The classes' probabilities for one image, prepared as `batches` prepares its own."""
     pixels = batches.normalised(batches.transform(image))
     return model(pixels[None])[0].float().softmax(0)
 
 
-def load_classifier(run: str) -> nn.Module:
+def load_classifier(run: str) -> TimmModel:
     """The image classifier of a run directory.
 
     Raises:

@@ -4,8 +4,6 @@ A recipe is a frozen dataclass. The command line's flags and their help are made
 same names, and the run directory's `recipe.yaml` holds them all, so that it repeats the run.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import types
 import typing
@@ -142,6 +140,18 @@ class VisionRecipe(Recipe):
 
 
 RECIPES: dict[str, type[Recipe]] = {VisionRecipe.task: VisionRecipe}
+
+
+def task_of(settings: Mapping[str, Any]) -> str:
+    """The task that settings are for: the one they name, else image classification.
+
+    Raises:
+        UserError: There is no such task.
+    """
+    task = settings.get("task", VisionRecipe.task)
+    if task not in RECIPES:
+        raise UserError(f"There is no task '{task}'; there are {', '.join(RECIPES)}.{nearest(str(task), RECIPES)}")
+    return task
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:

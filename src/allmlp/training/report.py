@@ -1,7 +1,5 @@
 """A vision run's pictures: how training went, what is confused, what is predicted, what the spatial weights learnt."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Sequence
@@ -14,11 +12,12 @@ from jaxtyping import Float, Int
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from torch import Tensor, nn
+from torch import Tensor
 
-from allmlp.checkpoints.run_directory import atomic_path
+from allmlp.checkpoints.run_directory import TimmModel, atomic_path
 from allmlp.data.image_batches import ImageBatches
 from allmlp.data.labelled_images import LabelledImages, decode
+from allmlp.training.evaluation import confusion
 
 INK, BLUE, ORANGE, GREEN, RED = "#1f2933", "#2f6fb0", "#d9822b", "#3a9a5b", "#c23b3b"
 STYLE = {
@@ -54,7 +53,7 @@ def write(
     logits: Float[Tensor, "images classes"],
     labels: Int[Tensor, " images"],
     held_out: ImageBatches,
-    model: nn.Module,
+    model: TimmModel,
 ) -> list[Path]:
     """Draws everything there is to draw.
 
@@ -122,7 +121,7 @@ def draw_curves(history: Sequence[dict[str, float]]) -> Figure:
 def draw_confusion(true: Int[Tensor, " images"], predicted: Int[Tensor, " images"], classes: Sequence[str]) -> Figure:
     """What each class is taken for, as shares of the class; of many classes those most confused."""
     n = len(classes)
-    counts = torch.bincount(true * n + predicted, minlength=n * n).view(n, n).double()
+    counts = confusion(true, predicted, n).double()
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
     shown = torch.arange(n)
     if n > 30:
@@ -139,8 +138,8 @@ def draw_confusion(true: Int[Tensor, " images"], predicted: Int[Tensor, " images
             if round(value, 1) > 0 and len(names) <= 30:
                 text = f"{value:.0f}" if value >= 1 else "<1"
                 axes.text(column, row, text, ha="center", va="center", fontsize=7, color="white" if value > 55 else INK)
-        turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if max(map(len, names)) > 4 else {}
-        axes.set_xticks(range(len(names)), names, **turned)
+        long = max(map(len, names)) > 4
+        axes.set_xticks(range(len(names)), names, rotation=45 * long, ha="right" if long else "center")
         axes.set_yticks(range(len(names)), names)
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
@@ -167,8 +166,8 @@ def draw_predictions(
     rows = [math.ceil(len(chosen) / columns) for _, chosen in sections]
     with mpl.rc_context({**STYLE, "axes.grid": False}):
         figure = Figure(figsize=(1.25 * columns, 1.6 * sum(rows) + 0.35 * len(rows)), layout="constrained")
-        parts = np.atleast_1d(figure.subfigures(len(sections), 1, height_ratios=rows))
-        for part, count, (title, chosen) in zip(parts, rows, sections, strict=True):
+        parts = figure.subfigures(len(sections), 1, height_ratios=rows, squeeze=False)
+        for part, count, (title, chosen) in zip(parts[:, 0], rows, sections, strict=True):
             part.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold")
             grid = part.subplots(count, columns, squeeze=False).flatten()
             for axes in grid:
@@ -185,7 +184,7 @@ def draw_predictions(
     return figure
 
 
-def draw_spatial_weights(model: nn.Module, layers: int = 6, columns: int = 12) -> Figure | None:
+def draw_spatial_weights(model: TimmModel, layers: int = 6, columns: int = 12) -> Figure | None:
     """Rows of the matrices that mix positions, each laid out as the image's grid of patches; None where there are none.
 
     gMLP and ResMLP: what an output position (framed) takes from every position. Mixer: what a hidden unit takes, the
@@ -235,7 +234,7 @@ def write_samples(directory: Path, images: LabelledImages, classes: Sequence[str
             image.save(temporary)
 
 
-def _spatial_matrices(model: nn.Module) -> list[tuple[int, np.ndarray, tuple[int, int], bool]]:
+def _spatial_matrices(model: TimmModel) -> list[tuple[int, np.ndarray, tuple[int, int], bool]]:
     """(block, matrix [rows, patches], patch grid, whether its rows are positions) for each layer that has one."""
     found = []
     height, width = model.pretrained_cfg["input_size"][-2:]

@@ -1,7 +1,5 @@
 """From a vision recipe to a trained run directory."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Sequence
@@ -13,12 +11,13 @@ import torch
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import set_seed
 
 import allmlp.vision  # noqa: F401 registers the architectures with timm
 from allmlp.checkpoints import run_directory
+from allmlp.checkpoints.run_directory import TimmModel
 from allmlp.data.image_batches import ImageBatches, as_is, training_transform
 from allmlp.data.images import ImageData, load_images
 from allmlp.errors import UserError
@@ -39,7 +38,7 @@ class VisionEngine(Engine):
         super().__init__(*arguments, **settings)
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor | tuple[Tensor, Any]:
         outputs = model(pixel_values=inputs["pixel_values"])
         labels = inputs["labels"]
@@ -50,7 +49,7 @@ class VisionEngine(Engine):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         # under timm's own names, so that timm loads a checkpoint as transformers does
-        super()._save(output_dir, state_dict or run_directory.plain_state_dict(self.model))
+        super()._save(output_dir, state_dict or run_directory.plain_state_dict(self._weights()))
 
 
 def train(recipe: VisionRecipe, output: str | Path, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
@@ -122,6 +121,18 @@ def train(recipe: VisionRecipe, output: str | Path, *, resume: bool = False, ove
     return _finish(engine, wrapped, data, training, held_out, output, workers)
 
 
+def summary(metrics: dict[str, Any], output: Path) -> str:
+    """The accuracy, the speed, and where the run directory and its pictures are."""
+    return (
+        f"accuracy {metrics['accuracy']:.2%} on {metrics['images']:,} held-out images "
+        f"(top 5 {metrics['top5']:.2%}, loss {metrics['loss']:.4f})\n"
+        f"{metrics['epochs']:g} epochs in {metrics['training_seconds']:,.0f} s of training, "
+        f"{metrics['images_per_second']:,.0f} images/s, {metrics['precision']}\n"
+        f"run directory  {output}\n"
+        f"pictures       {', '.join(str(output / picture) for picture in metrics['pictures'])}"
+    )
+
+
 def planned_model(recipe: VisionRecipe) -> tuple[str, dict[str, Any], int]:
     """The architecture, its arguments and its image channels.
 
@@ -147,7 +158,7 @@ def planned_model(recipe: VisionRecipe) -> tuple[str, dict[str, Any], int]:
 
 def build_model(
     recipe: VisionRecipe, architecture: str, model_args: dict[str, Any], classes: Sequence[str]
-) -> nn.Module:
+) -> TimmModel:
     """The model to train, its `pretrained_cfg` telling how images are prepared for it.
 
     Raises:
@@ -155,7 +166,7 @@ def build_model(
     """
     training_only = {"drop_rate": recipe.drop, "drop_path_rate": recipe.drop_path}
     model = run_directory.create_model(architecture, num_classes=len(classes), **model_args, **training_only)
-    cfg = {**model.pretrained_cfg, "num_classes": len(classes), "label_names": list(classes)}
+    cfg: dict[str, Any] = {**model.pretrained_cfg, "num_classes": len(classes), "label_names": list(classes)}
     channels = int(model_args.get("in_chans", 3))
     size = model_args.get("img_size", cfg["input_size"][-2:])
     cfg["input_size"] = (channels, *(size if isinstance(size, (tuple, list)) else (size, size)))
@@ -169,7 +180,7 @@ def build_model(
     return model
 
 
-def start_from(model: nn.Module, source: str) -> None:
+def start_from(model: TimmModel, source: str) -> None:
     """Loads the weights to fine-tune; a classifier for other classes is left out, and that is said.
 
     Raises:
@@ -217,7 +228,7 @@ def training_batches(recipe: VisionRecipe, data: ImageData, cfg: dict[str, Any])
     return ImageBatches(data.train, transform, mean=cfg["mean"], std=cfg["std"], mix=mix, erase=erase, seed=recipe.seed)
 
 
-def parameter_groups(model: nn.Module, recipe: VisionRecipe) -> list[dict[str, Any]]:
+def parameter_groups(model: TimmModel, recipe: VisionRecipe) -> list[dict[str, Any]]:
     """timm's groups: no decay for biases, norms and what the model names; lower rates for lower layers."""
     left_out = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
     if recipe.layer_decay == 1.0:
@@ -258,7 +269,7 @@ def _finish(
     unreadable = [*data.unreadable, *training.unreadable(), *held_out.unreadable()]
     if len(unreadable) > len(data.unreadable):
         _log.warning("%d images turned out broken and were left out: %s", len(unreadable), ", ".join(unreadable[:5]))
-    metrics = {
+    metrics: dict[str, Any] = {
         "task": VisionRecipe.task,
         **accuracy_of(logits, labels, data.classes),
         "epochs": round(engine.state.epoch or 0.0, 4),

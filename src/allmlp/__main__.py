@@ -1,0 +1,7 @@
+"""`python -m allmlp`."""
+
+import sys
+
+from allmlp.cli import main
+
+sys.exit(main())

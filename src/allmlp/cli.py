@@ -1,0 +1,249 @@
+"""The command line: arguments to calls, nothing else. Torch is loaded by the commands that need it, not by `--help`."""
+
+import argparse
+import dataclasses
+import json
+import logging
+import os
+import sys
+import typing
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from allmlp._version import __version__
+from allmlp.errors import UserError
+from allmlp.training.recipe import RECIPES, Recipe, make_recipe, read_settings, task_of
+
+DONE, FAILED = 0, 1  # argparse exits with 2 for misuse
+TRAIN_EXTRA = ("accelerate", "datasets", "matplotlib", "sklearn", "tensorboard")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        arguments: The command line without the program's name; the process's own by default.
+
+    Returns:
+        The exit code: 0 done, 1 failed. Misuse leaves through `SystemExit(2)`.
+    """
+    options = _parser().parse_args(arguments)
+    _quieten()
+    try:
+        options.run(options)
+        sys.stdout.flush()
+    except UserError as error:
+        return _fail(str(error))
+    except BrokenPipeError:
+        # whoever read the answer has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except ModuleNotFoundError as error:
+        if error.name not in TRAIN_EXTRA:
+            raise
+        return _fail(f"This needs {error.name}; install it with: pip install 'allmlp[train]'")
+    except OSError as error:
+        return _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+    except KeyboardInterrupt:
+        return _fail("stopped")
+    return DONE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="allmlp", description="Neural networks without attention.")
+    parser.add_argument("--version", action="version", version=f"allmlp {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in (_add_models, _add_info, _add_train, _add_evaluate, _add_predict):
+        add(commands)
+    return parser
+
+
+def _command(commands: Any, name: str, run: Any, help: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_models(commands: Any) -> None:
+    parser = _command(commands, "models", _models, "list the models with their published figures")
+    parser.add_argument("pattern", nargs="?", metavar="PATTERN", help="a shell pattern such as 'vip_*'")
+    parser.add_argument("--json", action="store_true", help="answer in JSON")
+
+
+def _models(options: argparse.Namespace) -> None:
+    from allmlp.tables import table
+    from allmlp.vision.catalogue import list_models
+
+    cards = list_models(options.pattern)
+    if not cards:
+        raise UserError(f"No model's name matches '{options.pattern}'.")
+    rows = [("model", "family", "parameters", "MACs", "top 1", "paper")]
+    for card in cards:
+        size, work = f"{card.parameters / 1e6:.2f}M", f"{card.macs / 1e9:.2f}G"
+        top1 = "–" if card.top1 is None else f"{card.top1:.2f}"
+        rows.append((card.name, card.family, size, work, top1, card.url))
+    _answer(options, [dataclasses.asdict(card) for card in cards], lambda: table(rows, right=(2, 3, 4)))
+
+
+def _add_info(commands: Any) -> None:
+    parser = _command(commands, "info", _info, "show a model's layers: shapes, parameters, multiply-adds")
+    parser.add_argument("model", metavar="MODEL", help="a model's name")
+    parser.add_argument("--img-size", type=_size, metavar="N", help="image size in pixels: 256, or HEIGHTxWIDTH")
+    parser.add_argument("--json", action="store_true", help="answer in JSON")
+
+
+def _info(options: argparse.Namespace) -> None:
+    import allmlp.vision  # noqa: F401 registers the architectures
+    from allmlp.checkpoints.run_directory import require_architecture
+    from allmlp.vision.catalogue import layer_table
+
+    require_architecture(options.model)
+    try:
+        layers = layer_table(options.model, options.img_size)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{options.model} cannot be made so: {error}") from error
+    totals = {"parameters": layers.parameters, "macs": layers.macs}
+    _answer(options, {**dataclasses.asdict(layers), **totals}, lambda: str(layers))
+
+
+def _add_train(commands: Any) -> None:
+    parser = _command(commands, "train", _train, "train or fine-tune a model")
+    parser.add_argument(
+        "data",
+        nargs="?",
+        metavar="DATA",
+        default=argparse.SUPPRESS,
+        help="digits, a folder of class folders, parquet files, or a Hub dataset's name; "
+        "may be left out where the recipe names it",
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="the run directory")
+    parser.add_argument("--recipe", metavar="FILE", help="hyper-parameters from a YAML file; flags win over it")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the run directory")
+    parser.add_argument("--overwrite", action="store_true", help="replace a former run in the run directory")
+    parser.add_argument("--json", action="store_true", help="answer with the metrics in JSON")
+    common = {field.name for field in dataclasses.fields(Recipe)}
+    _add_recipe_flags(parser.add_argument_group("hyper-parameters"), Recipe, set())
+    for task, kind in RECIPES.items():
+        _add_recipe_flags(parser.add_argument_group(f"hyper-parameters of {task}"), kind, common)
+
+
+def _add_recipe_flags(group: Any, kind: type[Recipe], known: set[str]) -> None:
+    """One flag for each of a recipe's fields; a flag not given leaves no trace."""
+    hints = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        if field.name in known or field.name == "data":
+            continue
+        flag = field.metadata["flag"] or f"--{field.name.replace('_', '-')}"
+        text = field.metadata["help"].replace("%", "%%")
+        if field.default is not None and isinstance(field.default, (int, float, str)) and hints[field.name] is not bool:
+            text += f" (default: {field.default})"
+        settings: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": text}
+        if hints[field.name] is bool:
+            settings["action"] = argparse.BooleanOptionalAction
+        elif field.metadata["choices"]:
+            settings["choices"] = field.metadata["choices"]
+        else:
+            settings["metavar"] = field.name.upper()
+        group.add_argument(flag, **settings)
+
+
+def _train(options: argparse.Namespace) -> None:
+    recipe = _recipe(options)
+    from allmlp import training
+
+    metrics = training.train(recipe, options.output, resume=options.resume, overwrite=options.overwrite)
+    if metrics:  # of a distributed training's processes the first answers
+        _answer(options, metrics, lambda: training.summary(metrics, options.output))
+
+
+def _recipe(options: argparse.Namespace) -> Recipe:
+    """Defaults, under the run's own recipe when it is resumed, under the recipe file, under the flags."""
+    settings: dict[str, Any] = {}
+    former = Path(options.output) / "recipe.yaml"
+    if options.resume and former.is_file():
+        settings |= read_settings(former)
+    if options.recipe:
+        settings |= read_settings(options.recipe)
+    names = {field.name for kind in RECIPES.values() for field in dataclasses.fields(kind)}
+    settings |= {name: value for name, value in vars(options).items() if name in names}
+    kind = RECIPES[task_of(settings)]
+    settings.pop("task", None)
+    return make_recipe(settings, kind, options.recipe or "the command line")
+
+
+def _add_evaluate(commands: Any) -> None:
+    parser = _command(commands, "evaluate", _evaluate, "measure a run's accuracy, class by class")
+    parser.add_argument("run_directory", metavar="RUN", help="a run directory")
+    parser.add_argument(
+        "data", nargs="?", metavar="DATA", help="as for train; of the run's own data (the default) the held-out part"
+    )
+    parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="images at a time (default: 256)")
+    parser.add_argument("--strict", action="store_true", help="fail at an image that cannot be read")
+    parser.add_argument("--json", action="store_true", help="answer in JSON")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from allmlp.training import evaluation
+
+    found = evaluation.evaluate(
+        options.run_directory, options.data, batch_size=options.batch_size, strict=options.strict
+    )
+    _answer(options, found, lambda: evaluation.accuracy_text(found))
+
+
+def _add_predict(commands: Any) -> None:
+    parser = _command(commands, "predict", _predict, "name the likeliest classes of images")
+    parser.add_argument("run_directory", metavar="RUN", help="a run directory")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="image files, or folders of them")
+    parser.add_argument("--top-k", type=int, default=3, metavar="K", help="classes per image (default: 3)")
+    parser.add_argument("--strict", action="store_true", help="fail at a file that cannot be read")
+    parser.add_argument("--json", action="store_true", help="answer in JSON")
+
+
+def _predict(options: argparse.Namespace) -> None:
+    from allmlp.training import evaluation
+
+    found = evaluation.predict(options.run_directory, options.files, top_k=options.top_k, strict=options.strict)
+    _answer(options, found, lambda: evaluation.predictions_text(found))
+    broken = [f"{entry['file']} ({entry['error']})" for entry in found if "error" in entry]
+    if broken:
+        logging.getLogger("allmlp").warning("left out %d of %d: %s", len(broken), len(found), ", ".join(broken[:5]))
+    if len(broken) == len(found):
+        raise UserError("None of the files can be read as an image.")
+
+
+def _size(text: str) -> int | tuple[int, int]:
+    sides = [int(side) if side.isdecimal() else 0 for side in text.lower().split("x")]
+    if len(sides) > 2 or min(sides) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is no image size such as 256 or 224x320")
+    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
+
+
+def _answer(options: argparse.Namespace, content: Any, text: Callable[[], str]) -> None:
+    print(json.dumps(content, indent=2, ensure_ascii=False) if options.json else text())
+
+
+def _quieten() -> None:
+    """What allmlp has to say goes to stderr line by line; what the libraries beneath mutter, nowhere."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Lines())
+    log = logging.getLogger("allmlp")
+    log.handlers[:] = [handler]
+    log.propagate = False
+    log.setLevel(logging.INFO)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+class _Lines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return f"{'warning: ' if record.levelno >= logging.WARNING else ''}{record.getMessage()}"
+
+
+def _fail(message: str) -> int:
+    print(f"allmlp: {message}", file=sys.stderr)
+    return FAILED
