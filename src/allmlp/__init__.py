@@ -12,6 +12,7 @@ from allmlp._version import __version__
 
 # What is not needed to build a model is imported when it is first asked for.
 _LAZY = {
+    "convert": "allmlp.checkpoints",
     "load": "allmlp.checkpoints",
 }
 

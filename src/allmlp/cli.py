@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from allmlp._version import __version__
 from allmlp.errors import UserError
 from allmlp.training.recipe import RECIPES, Recipe, make_recipe, read_settings, task_of
@@ -54,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="allmlp", description="Neural networks without attention.")
     parser.add_argument("--version", action="version", version=f"allmlp {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_models, _add_info, _add_train, _add_evaluate, _add_predict):
+    for add in (_add_models, _add_info, _add_train, _add_evaluate, _add_predict, _add_convert):
         add(commands)
     return parser
 
@@ -211,6 +213,55 @@ def _predict(options: argparse.Namespace) -> None:
         logging.getLogger("allmlp").warning("left out %d of %d: %s", len(broken), len(found), ", ".join(broken[:5]))
     if len(broken) == len(found):
         raise UserError("None of the files can be read as an image.")
+
+
+def _add_convert(commands: Any) -> None:
+    parser = _command(commands, "convert", _convert, "make a run directory of a public checkpoint")
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="a .pth, .pt, .bin, .safetensors or .npz file, or timm:NAME"
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="the run directory")
+    parser.add_argument("--source", metavar="S", help="who saved it; found out where it is left away")
+    parser.add_argument(
+        "--set",
+        dest="facts",
+        action="append",
+        nargs="+",
+        type=_fact,
+        default=[],
+        metavar="KEY=VALUE",
+        help="what the checkpoint does not store, such as causal=true gate_act=none shift_size=5 img_size=[192,256]",
+    )
+    parser.add_argument("--classes", metavar="FILE", help="the names of an image model's classes, one a line")
+    parser.add_argument("--tokenizer", metavar="T", help="a language model's tokenizer: a directory or the Hub's name")
+    parser.add_argument("--overwrite", action="store_true", help="replace a former run in the run directory")
+    parser.add_argument("--json", action="store_true", help="answer in JSON")
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from allmlp.checkpoints import conversion, pretrained
+
+    facts = dict(fact for given in options.facts for fact in given)
+    names = Path(options.classes).read_text(encoding="utf-8").splitlines() if options.classes else None
+    if options.checkpoint.startswith(pretrained.TIMM):
+        found = pretrained.from_timm(options.checkpoint.removeprefix(pretrained.TIMM))
+    else:
+        found = conversion.convert_checkpoint(options.checkpoint, options.source, facts)
+    conversion.write_run_directory(
+        found, options.output, classes=names, tokenizer=options.tokenizer, overwrite=options.overwrite
+    )
+    answer = {**found.summary(), "run_directory": options.output}
+    _answer(options, answer, lambda: conversion.summary_text(answer))
+
+
+def _fact(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise argparse.ArgumentTypeError(f"'{text}' is not of the form KEY=VALUE")
+    try:
+        return name, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise argparse.ArgumentTypeError(f"'{text}' has no value that can be read") from error
 
 
 def _size(text: str) -> int | tuple[int, int]:

@@ -1,7 +1,5 @@
 """What a converter finds out about a model: enough to build it anew."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -50,12 +48,12 @@ class LanguageArchitecture:
     """A language model.
 
     Attributes:
-        model_class: A class of `allmlp.language`, by name.
+        name: A class of `allmlp.language`.
         config: Fields of `GMLPConfig`.
         notes: What was left out of the checkpoint and why, a sentence each.
     """
 
-    model_class: str
+    name: str
     config: dict[str, Any]
     notes: tuple[str, ...] = ()
 
@@ -63,7 +61,7 @@ class LanguageArchitecture:
         """The model with fresh weights."""
         from allmlp import language
 
-        return getattr(language, self.model_class)(language.GMLPConfig(**self.config))
+        return getattr(language, self.name)(language.GMLPConfig(**self.config))
 
 
 Architecture = VisionArchitecture | LanguageArchitecture
@@ -93,6 +91,9 @@ def vision_architecture(
         preparation: As in `VisionArchitecture`.
         structure: Every other argument of `model_class` that is not its default.
     """
+    preparation = dict(preparation or {})
+    if in_chans != 3:
+        preparation |= {"input_size": (in_chans, *pair(img_size)), "mean": (0.5,) * in_chans, "std": (0.5,) * in_chans}
     parameters = inspect.signature(model_class).parameters.values()
     defaults = {item.name: item.default for item in parameters if item.name not in _UNRELATED | _SIZES}
     wanted = _plain({**defaults, **structure})
@@ -110,9 +111,7 @@ def vision_architecture(
         model_args = {argument: size for argument, size in sizes.items() if size != own[argument]}
     else:
         model_args = {**wanted, **sizes, "drop_path_rate": 0.0}
-    return VisionArchitecture(
-        name=name, num_classes=num_classes, model_args=model_args, preparation=dict(preparation or {})
-    )
+    return VisionArchitecture(name=name, num_classes=num_classes, model_args=model_args, preparation=preparation)
 
 
 def ratio(hidden: int, width: int) -> float:

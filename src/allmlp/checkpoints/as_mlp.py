@@ -1,7 +1,5 @@
 """AS-MLP as its authors save it (svip-lab/AS-MLP, models/as_mlp.py)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """ResMLP as its authors save it (facebookresearch/deit, resmlp_models.py)."""
 
-from __future__ import annotations
-
 from allmlp.checkpoints.architecture import VisionArchitecture, ratio, vision_architecture
 from allmlp.checkpoints.layout import (
     SQUARE_IMG_SIZE,

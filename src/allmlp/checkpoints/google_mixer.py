@@ -3,8 +3,6 @@
 Their GELU is the tanh approximation, which `flax.linen.gelu` computes by default.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 

@@ -3,8 +3,6 @@
 Its `d_ffn` is the width after the split.
 """
 
-from __future__ import annotations
-
 from allmlp.checkpoints.architecture import LanguageArchitecture, VisionArchitecture, ratio, vision_architecture
 from allmlp.checkpoints.layout import (
     SQUARE_IMG_SIZE,
@@ -55,7 +53,7 @@ def _language(tensors: Tensors, facts: Facts) -> tuple[LanguageArchitecture, Ten
     vocab_size, hidden_size = shape(tensors, "embed.weight", 2)
     blocks = count(tensors, "model.")
     architecture = LanguageArchitecture(
-        model_class="GMLPModel",
+        name="GMLPModel",
         config={
             "vocab_size": vocab_size,
             "hidden_size": hidden_size,

@@ -1,7 +1,5 @@
 """What the converters share: the description of a checkpoint layout, and the tools to take one apart."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -145,9 +143,17 @@ def square_image(tokens: int, patch_size: tuple[int, int], facts: Facts) -> tupl
     return size
 
 
-def patch_to_convolution(weight: Tensor, in_chans: int, patch_size: tuple[int, int]) -> Tensor:
-    """A linear map of flattened patches, channels first (`c p1 p2`), as the weight of a convolution."""
-    return weight.reshape(weight.shape[0], in_chans, *patch_size)
+def patch_of(pixels: int, facts: Facts) -> tuple[int, tuple[int, int]]:
+    """Channels and patch size of a patch embedding that reads so many numbers a patch."""
+    in_chans = facts.get("in_chans", 3)
+    side = math.isqrt(pixels // in_chans)
+    patch_size = facts.get("patch_size", (side, side))
+    if in_chans * patch_size[0] * patch_size[1] != pixels:
+        raise UserError(
+            f"A patch has {pixels} numbers, not {patch_size[0]}×{patch_size[1]} pixels of {in_chans} channels: "
+            "give in_chans=… or patch_size=[height, width]."
+        )
+    return in_chans, patch_size
 
 
 def parse_flag(value: Any) -> bool:
@@ -158,7 +164,9 @@ def parse_flag(value: Any) -> bool:
 
 
 def parse_size(value: Any) -> tuple[int, int]:
-    """A size in pixels: one number, or height and width."""
+    """A size in pixels: one number, or height and width, which may be written 192x256."""
+    if isinstance(value, str):
+        value = [int(part) if part.isdecimal() else 0 for part in value.split("x")]
     numbers = [value] if isinstance(value, int) else list(value) if isinstance(value, (list, tuple)) else []
     if len(numbers) not in (1, 2) or not all(isinstance(item, int) and item > 0 for item in numbers):
         raise ValueError("one positive number of pixels, or [height, width]")
@@ -172,8 +180,21 @@ def parse_count(value: Any) -> int:
     return value
 
 
+def parse_channels(value: Any) -> int:
+    """A number of channels, at least 1."""
+    if parse_count(value) < 1:
+        raise ValueError("a whole number, at least 1")
+    return value
+
+
+CAUSAL = Fact(name="causal", help="whether a token reads earlier tokens only, true or false", parse=parse_flag)
 SQUARE_IMG_SIZE = Fact(
     name="img_size", help="image size in pixels, [height, width], where it is not square", parse=parse_size
+)
+IMAGE_FACTS = (
+    SQUARE_IMG_SIZE,
+    Fact(name="patch_size", help="patch size in pixels, [height, width], where it is not square", parse=parse_size),
+    Fact(name="in_chans", help="channels of the image, where they are not 3", parse=parse_channels),
 )
 
 

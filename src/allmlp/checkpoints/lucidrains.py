@@ -5,9 +5,6 @@ The versions name a block's modules in five ways. What they compute differs in t
 expanded hidden state, as no model here does, and is refused.
 """
 
-from __future__ import annotations
-
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,15 +15,15 @@ from transformers.activations import ACT2FN
 
 from allmlp.checkpoints.architecture import LanguageArchitecture, VisionArchitecture, ratio, vision_architecture
 from allmlp.checkpoints.layout import (
-    SQUARE_IMG_SIZE,
+    CAUSAL,
+    IMAGE_FACTS,
     Fact,
     Facts,
     Layout,
     Tensors,
     numbered,
     parse_count,
-    parse_flag,
-    parse_size,
+    patch_of,
     rename,
     shape,
     square_image,
@@ -165,7 +162,7 @@ def _language(tensors: Tensors, facts: Facts) -> tuple[LanguageArchitecture, Ten
         modules |= {"to_logits.0": "model.norm", "to_logits.1": "lm_head"}
     causal = facts.get("causal", False)
     architecture = LanguageArchitecture(
-        model_class="GMLPModel" if not has_head else "GMLPForCausalLM" if causal else "GMLPForMaskedLM",
+        name="GMLPModel" if not has_head else "GMLPForCausalLM" if causal else "GMLPForMaskedLM",
         config={
             "vocab_size": vocab_size,
             "hidden_size": hidden_size,
@@ -193,7 +190,7 @@ def _image(tensors: Tensors, facts: Facts) -> tuple[VisionArchitecture, Tensors]
     else:
         stem, norm, head = "to_patch_embed.1", "to_logits.0", "to_logits.2"
     embed_dim, pixels = shape(tensors, f"{stem}.weight", 2)
-    in_chans, patch_size = _patch(pixels, facts)
+    in_chans, patch_size = patch_of(pixels, facts)
     architecture = vision_architecture(
         GMLP,
         gmlp.VARIANTS,
@@ -214,19 +211,6 @@ def _image(tensors: Tensors, facts: Facts) -> tuple[VisionArchitecture, Tensors]
     return architecture, renamed
 
 
-def _patch(pixels: int, facts: Facts) -> tuple[int, tuple[int, int]]:
-    """Channels and patch size of a patch embedding that reads so many numbers a patch."""
-    in_chans = facts.get("in_chans", 3)
-    side = math.isqrt(pixels // in_chans)
-    patch_size = facts.get("patch_size", (side, side))
-    if in_chans * patch_size[0] * patch_size[1] != pixels:
-        raise UserError(
-            f"A patch has {pixels} numbers, not {patch_size[0]}×{patch_size[1]} pixels of {in_chans} channels: "
-            "give in_chans=… or patch_size=[height, width]."
-        )
-    return in_chans, patch_size
-
-
 def _parse_gate_act(value: Any) -> str | None:
     if value is None or value in ("none", "identity", "linear"):
         return None
@@ -235,23 +219,10 @@ def _parse_gate_act(value: Any) -> str | None:
     return value
 
 
-def _parse_channels(value: Any) -> int:
-    if parse_count(value) < 1:
-        raise ValueError("a whole number, at least 1")
-    return value
-
-
-_CAUSAL = Fact(
-    name="causal",
-    help="whether a token reads earlier tokens only (`causal` in g-mlp-pytorch), true or false",
-    parse=parse_flag,
-    required=True,
-)
 _GATE_ACT = Fact(
     name="gate_act",
     help="the gate's activation (`act` in g-mlp-pytorch): none, tanh, sigmoid, …",
     parse=_parse_gate_act,
-    required=True,
 )
 _SHIFT_TOKENS = Fact(
     name="shift_tokens",
@@ -259,11 +230,8 @@ _SHIFT_TOKENS = Fact(
     parse=parse_count,
     assumed="0",
 )
-_IMAGE_FACTS = (
-    SQUARE_IMG_SIZE,
-    Fact(name="patch_size", help="patch size in pixels, [height, width], where it is not square", parse=parse_size),
-    Fact(name="in_chans", help="channels of the image, where they are not 3", parse=_parse_channels),
-)
+# What a version can vary has to be given; what it cannot may be given all the same.
+_ASKED = {fact.name: replace(fact, required=True) for fact in (CAUSAL, _GATE_ACT)}
 _LANGUAGE = "gMLP and aMLP language model"
 _INFERRED = "vocabulary, widths, depth, length, spatial heads, tiny attention, Toeplitz weight"
 
@@ -291,19 +259,18 @@ def _layout(versions: str, recognises: Any, *facts: Fact) -> Layout:
     )
 
 
-# Each version is asked for what it can vary; the rest may be given all the same.
 LAYOUTS = (
-    _layout("0.1.5", _has("fn.fn.proj_in.0"), _CAUSAL, _GATE_ACT, _SHIFT_TOKENS),
-    _layout("0.0.16 to 0.1.4", _has("fn.proj_in.0"), _CAUSAL, _GATE_ACT),
-    _layout("0.0.11 to 0.0.15", _has("fn.0"), _CAUSAL, _GATE_ACT),
-    _layout("0.0.5 to 0.0.10", _has("3.norm"), _CAUSAL, replace(_GATE_ACT, required=False)),
-    _layout("0.0.1 to 0.0.4", _is_sequential, replace(_CAUSAL, required=False), replace(_GATE_ACT, required=False)),
+    _layout("0.1.5", _has("fn.fn.proj_in.0"), *_ASKED.values(), _SHIFT_TOKENS),
+    _layout("0.0.16 to 0.1.4", _has("fn.proj_in.0"), *_ASKED.values()),
+    _layout("0.0.11 to 0.0.15", _has("fn.0"), *_ASKED.values()),
+    _layout("0.0.5 to 0.0.10", _has("3.norm"), _ASKED["causal"], _GATE_ACT),
+    _layout("0.0.1 to 0.0.4", _is_sequential, CAUSAL, _GATE_ACT),
     Layout(
         source="lucidrains",
         family="gMLP and aMLP for images",
         recognises=_is_image,
         convert=_image,
         inferred="widths, depth, spatial heads, tiny attention, square patch and image size, classes",
-        facts=_IMAGE_FACTS,
+        facts=IMAGE_FACTS,
     ),
 )

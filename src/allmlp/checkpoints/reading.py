@@ -4,8 +4,6 @@ Three formats, told apart by what the file begins with and not by its name: PyTo
 archives and the older pickles), safetensors, and NumPy's `.npz`.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 import zipfile

@@ -3,8 +3,6 @@
 timm computes the exact GELU in all of them, Mixer included.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What trainers wrap around weights, taken off: the state dict and whatever lies beside it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,7 +1,5 @@
 """Vision Permutator as its authors save it (houqb/VisionPermutator, models/vip.py)."""
 
-from __future__ import annotations
-
 from allmlp.checkpoints.architecture import VisionArchitecture, ratio, vision_architecture
 from allmlp.checkpoints.layout import Fact, Facts, Layout, Tensors, count, numbered, parse_size, rename, shape
 from allmlp.errors import UserError

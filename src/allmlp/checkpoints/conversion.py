@@ -1,0 +1,301 @@
+"""Public all-MLP checkpoints to models here, whoever saved them."""
+
+import dataclasses
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from torch import Tensor, nn
+
+from allmlp.checkpoints import (
+    as_mlp,
+    deit,
+    google_mixer,
+    jaketae,
+    labml,
+    lucidrains,
+    lucidrains_mixer,
+    run_directory,
+    timm,
+    vip,
+)
+from allmlp.checkpoints.architecture import Architecture, LanguageArchitecture
+from allmlp.checkpoints.layout import Layout, Tensors, widest
+from allmlp.checkpoints.reading import read_checkpoint
+from allmlp.checkpoints.unwrapping import strip_prefix, unwrap
+from allmlp.errors import UserError, nearest
+
+LAYOUTS: tuple[Layout, ...] = (
+    *timm.LAYOUTS,
+    *lucidrains.LAYOUTS,
+    *lucidrains_mixer.LAYOUTS,
+    *jaketae.LAYOUTS,
+    *labml.LAYOUTS,
+    *as_mlp.LAYOUTS,
+    *vip.LAYOUTS,
+    *google_mixer.LAYOUTS,
+    *deit.LAYOUTS,
+)
+SOURCES = tuple(dict.fromkeys(layout.source for layout in LAYOUTS))
+_log = logging.getLogger(__name__)
+
+
+class MissingFacts(UserError):
+    """A checkpoint does not store everything about its model.
+
+    Attributes:
+        names: What has to be given.
+    """
+
+    def __init__(self, message: str, names: Sequence[str]) -> None:
+        super().__init__(message)
+        self.names = tuple(names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """A converted checkpoint.
+
+    Attributes:
+        model: The model, with its weights, in eval mode.
+        architecture: How to build it anew.
+        layout: What the checkpoint turned out to be.
+        notes: What was chosen, assumed and left out, a sentence each.
+        classes: The names of an image model's classes, where they are known.
+    """
+
+    model: Any
+    architecture: Architecture
+    layout: Layout
+    notes: tuple[str, ...]
+    classes: tuple[str, ...] | None = None
+
+    def summary(self) -> dict[str, Any]:
+        """What was found out, in JSON's types."""
+        if isinstance(self.architecture, LanguageArchitecture):
+            arguments = self.architecture.config
+        else:
+            arguments = {"num_classes": self.architecture.num_classes, **self.architecture.model_args}
+        return {
+            "source": self.layout.source,
+            "family": self.layout.family,
+            "model": self.architecture.name,
+            "arguments": arguments,
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "notes": list(self.notes),
+        }
+
+
+def convert(path: str | Path, source: str | None = None, **facts: Any) -> nn.Module:
+    """A public checkpoint as a model of this library that computes the same.
+
+    The source and the architecture are found out from the weights' names and shapes. What no checkpoint stores has to
+    be given by name, such as `causal` and `gate_act` of lucidrains' language models; docs/checkpoints.md lists it all.
+
+    Args:
+        path: The checkpoint; PyTorch, safetensors or NumPy. No code in it is run.
+        source: Who saved it, where that is to be checked: one of `SOURCES`.
+        facts: What the checkpoint does not store.
+
+    Returns:
+        For images timm's kind of module, `[batch, channels, height, width]` to logits; for text one of transformers'
+        kind, batch first. In eval mode, on the CPU, in float32 (float64 where the checkpoint has it).
+
+    Raises:
+        UserError: The file cannot be read, is of no known source, lacks facts (`MissingFacts`), or its weights do not
+            add up.
+    """
+    conversion = convert_checkpoint(path, source, facts)
+    for note in conversion.notes:
+        _log.warning("%s: %s", path, note)
+    return conversion.model
+
+
+def convert_checkpoint(
+    path: str | Path, source: str | None = None, facts: Mapping[str, Any] | None = None
+) -> Conversion:
+    """`convert`, with everything that was found out; arguments and errors as there."""
+    contents = read_checkpoint(path)
+    try:
+        unwrapped = unwrap(contents)
+        conversion = convert_state_dict(unwrapped.tensors, source, facts, beside=unwrapped.beside)
+    except MissingFacts as error:
+        raise MissingFacts(f"{path}: {error}", error.names) from error
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    return dataclasses.replace(conversion, notes=(*unwrapped.notes, *conversion.notes))
+
+
+def convert_state_dict(
+    tensors: Mapping[str, Tensor],
+    source: str | None = None,
+    facts: Mapping[str, Any] | None = None,
+    *,
+    beside: Mapping[str, Any] | None = None,
+) -> Conversion:
+    """`convert` for a state dict in memory.
+
+    Args:
+        tensors: The state dict.
+        source: As in `convert`.
+        facts: As in `convert`.
+        beside: What the trainer saved beside the weights, such as its configuration under `"config"`.
+    """
+    layout, tensors = _identify(tensors, source)
+    known, notes = _known_facts(layout, facts or {}, beside or {})
+    architecture, renamed = layout.convert(tensors, known)
+    model = architecture.build().to(widest(renamed))
+    run_directory.load_weights(model, _fit(renamed, model), f"this checkpoint ({layout.source}, {layout.family})")
+    return Conversion(model=model.eval(), architecture=architecture, layout=layout, notes=(*notes, *architecture.notes))
+
+
+def summary_text(found: Mapping[str, Any]) -> str:
+    """`Conversion.summary`, with the `run_directory` it was written to, as text."""
+    arguments = ", ".join(f"{name}={value}" for name, value in found["arguments"].items())
+    return "\n".join(
+        [
+            f"{found['source']}: {found['family']}",
+            f"{found['model']}({arguments}), {found['parameters']:,} parameters",
+            *found["notes"],
+            f"run directory  {found['run_directory']}",
+        ]
+    )
+
+
+def export_state_dict(model: nn.Module, target: str) -> dict[str, Tensor]:
+    """A model's weights as another project loads them.
+
+    Args:
+        model: A model of this library.
+        target: `"timm"`.
+
+    Raises:
+        UserError: The project has no such model, or computes it differently.
+    """
+    if target != "timm":
+        raise UserError(f"There is no export to '{target}', only to timm.")
+    return timm.export(model)
+
+
+def write_run_directory(
+    conversion: Conversion,
+    directory: str | Path,
+    *,
+    classes: Sequence[str] | None = None,
+    tokenizer: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes a converted checkpoint as a run directory.
+
+    Args:
+        conversion: What `convert_checkpoint` gives.
+        directory: Where to.
+        classes: The names of an image model's classes; numbers where they are not known.
+        tokenizer: A language model's tokenizer, a directory or a name on the Hub, to be put beside it.
+        overwrite: Replace a run that lies there.
+
+    Raises:
+        UserError: There is a run already, or names or tokenizer do not fit the model.
+    """
+    directory, model, architecture = Path(directory), conversion.model, conversion.architecture
+    if (directory / run_directory.CONFIG).exists() and not overwrite:
+        raise UserError(f"{directory} holds a run already. Choose another --output, or replace it (--overwrite).")
+    if isinstance(architecture, LanguageArchitecture):
+        if classes:
+            raise UserError("This is a language model: it has no classes to be named.")
+        parts = [model, *([_tokenizer(tokenizer, architecture)] if tokenizer else [])]
+        run_directory.clear(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=directory, prefix=".") as temporary:
+            for part in parts:
+                part.save_pretrained(temporary)
+            # the configuration last, which makes it a run directory
+            for path in sorted(Path(temporary).iterdir(), key=lambda path: path.name == run_directory.CONFIG):
+                os.replace(path, directory / path.name)
+        return
+    if tokenizer:
+        raise UserError("This is an image model: it has no tokenizer.")
+    names = classes or conversion.classes or [str(index) for index in range(architecture.num_classes)]
+    if len(names) != architecture.num_classes:
+        raise UserError(f"The model has {architecture.num_classes} classes, but there are {len(names)} names.")
+    run_directory.clear(directory)
+    wrapped = run_directory.classifier(model, architecture.name, architecture.model_args, names)
+    run_directory.save_classifier(wrapped, directory)
+
+
+def _tokenizer(name: str, architecture: LanguageArchitecture) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{name} holds no tokenizer that transformers can load: {error}") from error
+    if len(tokenizer) > architecture.config["vocab_size"]:
+        vocabulary = architecture.config["vocab_size"]
+        raise UserError(f"{name} has {len(tokenizer)} tokens, the model's vocabulary has {vocabulary}.")
+    return tokenizer
+
+
+def _identify(tensors: Mapping[str, Tensor], source: str | None) -> tuple[Layout, Tensors]:
+    """The layout of these tensors, and the tensors without the prefixes of wrapping modules."""
+    if source is not None:
+        source = source.lower().replace("_", "-")
+        if source not in SOURCES:
+            raise UserError(f"There is no source '{source}', only {', '.join(SOURCES)}.{nearest(source, SOURCES)}")
+    stripped: Tensors | None = dict(tensors)
+    while stripped is not None:
+        for layout in LAYOUTS:
+            if layout.recognises(stripped):
+                if source not in (None, layout.source):
+                    raise UserError(
+                        f"This is no checkpoint of {source}: its weights have the names of {layout.source}."
+                    )
+                return layout, stripped
+        stripped = strip_prefix(stripped)
+    names = ", ".join(list(tensors)[:6])
+    raise UserError(f"No known project saves weights of these names: {names}, …. Known are {', '.join(SOURCES)}.")
+
+
+def _known_facts(
+    layout: Layout, given: Mapping[str, Any], beside: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """All that is known about a model beside its weights, and a note on each thing that is only assumed."""
+    named = {fact.name: fact for fact in layout.facts}
+    kind = f"a {layout.source} checkpoint ({layout.family})"
+    unknown = [name for name in given if name not in named]
+    if unknown:
+        allowed = f"what can be given is {', '.join(named)}" if named else "nothing has to be given"
+        raise UserError(f"This is {kind}, for which there is no {', '.join(unknown)}; {allowed}.")
+    known = {}
+    for name, value in {**layout.stored(beside), **given}.items():
+        try:
+            known[name] = named[name].parse(value)
+        except ValueError as error:
+            raise UserError(f"{name} is {value!r}; it should be {error}") from error
+    missing = [fact for fact in layout.facts if fact.required and fact.name not in known]
+    if missing:
+        names = [fact.name for fact in missing]
+        raise MissingFacts(
+            f"This is {kind}, which does not store {' and '.join(names)}. Give "
+            + "; ".join(f"{fact.name}: {fact.help}" for fact in missing)
+            + ".",
+            names,
+        )
+    assumed = [fact for fact in layout.facts if fact.assumed and fact.name not in known]
+    return known, [f"{fact.name} is not stored; {fact.assumed} is assumed." for fact in assumed]
+
+
+def _fit(tensors: Tensors, model: nn.Module) -> Tensors:
+    """The tensors in the model's shapes, where those differ in dimensions of size one alone."""
+    fitted = {}
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    for name, tensor in tensors.items():
+        shape = wanted.get(name, tensor.shape)
+        if [size for size in tensor.shape if size != 1] == [size for size in shape if size != 1]:
+            tensor = tensor.reshape(shape)
+        fitted[name] = tensor
+    return fitted

@@ -1,0 +1,93 @@
+"""Weights to start from, by whatever name they go."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.data import ImageNetInfo, infer_imagenet_subset
+
+from allmlp.checkpoints import run_directory
+from allmlp.checkpoints.architecture import Architecture, LanguageArchitecture, VisionArchitecture
+from allmlp.checkpoints.conversion import Conversion, convert_checkpoint, convert_state_dict
+from allmlp.errors import UserError
+
+TIMM = "timm:"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrained:
+    """A model with weights, and how to build it anew.
+
+    Attributes:
+        architecture: What it takes to build it.
+        model: The model, in eval mode; an image model's `pretrained_cfg` says how images are prepared for it.
+    """
+
+    architecture: Architecture
+    model: Any
+
+
+def find_pretrained(source: str | Path) -> Pretrained:
+    """The model of a run directory, of a public checkpoint, or of timm.
+
+    Args:
+        source: A run directory, a checkpoint file that stores all that has to be known, or `timm:` and a name of timm.
+
+    Raises:
+        UserError: There is no such thing, or it cannot be used.
+    """
+    if str(source).startswith(TIMM):
+        found = from_timm(str(source).removeprefix(TIMM))
+        return Pretrained(architecture=found.architecture, model=found.model)
+    if Path(source).is_file():
+        found = convert_checkpoint(source)
+        return Pretrained(architecture=found.architecture, model=found.model)
+    model = run_directory.load(source)
+    config = run_directory.read_config(source)
+    if config["model_type"] != run_directory.VISION:
+        architecture = LanguageArchitecture(name=type(model).__name__, config=model.config.to_diff_dict())
+        return Pretrained(architecture=architecture, model=model)
+    return Pretrained(
+        architecture=VisionArchitecture(
+            name=config["architecture"], num_classes=config["num_classes"], model_args=config.get("model_args") or {}
+        ),
+        model=model,
+    )
+
+
+def from_timm(name: str, **arguments: Any) -> Conversion:
+    """timm's own pretrained weights, downloaded and cached by timm and the Hub's client, as a model of this library.
+
+    Args:
+        name: A gMLP, Mixer or ResMLP of timm with its tag, such as `"mixer_b16_224.goog_in21k_ft_in1k"`.
+        arguments: For `timm.create_model`, such as `pretrained_cfg_overlay` or `cache_dir`.
+
+    Returns:
+        The converted model; its `pretrained_cfg` says how images are prepared for these weights.
+
+    Raises:
+        UserError: timm has no such model or no weights for it, cannot get at them, or it is of another family.
+    """
+    run_directory.require_architecture(name)
+    if timm.model_entrypoint(name).__module__ != "timm.models.mlp_mixer":
+        known = timm.list_models(module="mlp_mixer", pretrained=True)
+        raise UserError(f"timm's {name} is none of its all-MLP models: {', '.join(known)}.")
+    try:
+        original: Any = timm.create_model(name, pretrained=True, **arguments)
+    # The Hub's client, the network and the file each have errors of their own.
+    except Exception as error:
+        raise UserError(f"timm cannot give {name} with its weights: {error}") from error
+    cfg = original.pretrained_cfg
+    conversion = convert_state_dict(original.state_dict(), "timm", {"img_size": list(cfg["input_size"][1:])})
+    preparation = {key: cfg[key] for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode")}
+    conversion.model.pretrained_cfg.update(preparation)
+    assert isinstance(conversion.architecture, VisionArchitecture)
+    architecture = dataclasses.replace(conversion.architecture, preparation=preparation)
+    subset = infer_imagenet_subset(cfg)
+    classes = None
+    if subset and original.num_classes == cfg["num_classes"]:
+        info = ImageNetInfo(subset)
+        classes = tuple(info.index_to_description(index) for index in range(info.num_classes()))
+    return dataclasses.replace(conversion, architecture=architecture, classes=classes)
