@@ -58,12 +58,12 @@ def classifier(model: TimmModel, architecture: str, model_args: Mapping[str, Any
         model: The timm model; its `pretrained_cfg` says how images are prepared for it.
         architecture: Its name in timm.
         model_args: What `timm.create_model` needs beside the name and the number of classes.
-        classes: The classes' names, in the order of the outputs.
+        classes: The classes' names, in the order of the outputs; none for a model without head.
 
     Returns:
-        `TimmWrapperForImageClassification`.
+        `TimmWrapperForImageClassification`, or without classes `TimmWrapperModel`.
     """
-    from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
+    from transformers import TimmWrapperConfig, TimmWrapperForImageClassification, TimmWrapperModel
 
     described = {
         "architecture": architecture,
@@ -75,7 +75,7 @@ def classifier(model: TimmModel, architecture: str, model_args: Mapping[str, Any
     config = TimmWrapperConfig.from_dict(described)
     # on the meta device, since transformers would initialise the weights anew
     with torch.device("meta"):
-        wrapped = TimmWrapperForImageClassification(config)
+        wrapped = TimmWrapperForImageClassification(config) if classes else TimmWrapperModel(config)
     wrapped.timm_model = model
     return wrapped
 
