@@ -4,6 +4,7 @@ import pytest
 import timm
 
 from allmlp.vision.catalogue import ModelCard, layer_table, list_models
+from tests.vision import models_page
 
 CARDS = list_models()
 
@@ -89,3 +90,7 @@ def test_layer_table_of_a_size_no_patch_grid_fits():
 def test_patterns():
     assert [card.name for card in list_models("vip_*14*")] == ["vip_small_patch14_224"]
     assert list_models("nothing_*") == []
+
+
+def test_the_models_page_is_the_catalogue():
+    assert models_page.PAGE.read_text(encoding="utf-8") == models_page.page()

@@ -8,6 +8,8 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from allmlp.tables import table
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -115,21 +117,15 @@ class LayerTable:
         return sum(row.macs for row in self.rows)
 
     def __str__(self) -> str:
-        cells = [("layer", "type", "output", "parameters", "MACs")]
+        rows = [("layer", "type", "output", "parameters", "MACs")]
         for row in self.rows:
             shape = " × ".join(str(size) for size in row.output)
-            cells.append((row.name, row.type, shape, f"{row.parameters:,}", f"{row.macs:,}"))
-        total = ("total", "", "", f"{self.parameters:,}", f"{self.macs:,}")
-        widths = [max(len(line[column]) for line in (*cells, total)) for column in range(5)]
-        rule = "─" * (sum(widths) + 8)
-
-        def aligned(line: tuple[str, ...]) -> str:
-            left = (text.ljust(width) for text, width in zip(line[:3], widths[:3], strict=True))
-            right = (text.rjust(width) for text, width in zip(line[3:], widths[3:], strict=True))
-            return "  ".join((*left, *right)).rstrip()
-
-        heading = f"{self.model}, input {' × '.join(str(size) for size in self.input)}"
-        return "\n".join((heading, rule, aligned(cells[0]), rule, *map(aligned, cells[1:]), rule, aligned(total)))
+            rows.append((row.name, row.type, shape, f"{row.parameters:,}", f"{row.macs:,}"))
+        rows.append(("total", "", "", f"{self.parameters:,}", f"{self.macs:,}"))
+        heading, *lines, total = table(rows, right=(3, 4)).splitlines()
+        rule = "─" * len(total)
+        of = f"{self.model}, input {' × '.join(str(size) for size in self.input)}"
+        return "\n".join((of, rule, heading, rule, *lines, rule, total))
 
 
 def layer_table(name: str, img_size: int | tuple[int, int] | None = None, **arguments: Any) -> LayerTable:
