@@ -11,11 +11,11 @@ from allmlp.vision.catalogue import ModelCard, list_models
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 _HEAD = """# Models
 
-Every name is a timm model once `allmlp` is imported: `timm.create_model(name)`. Parameters and multiply-adds (MACs) are
-counted at the model's own image size, the last number of its name; in brackets stands what the paper prints (for S²-MLP
-with the classifier that the paper leaves out). Accuracy is the paper's, in percent on ImageNet-1k, trained on ImageNet-1k
-alone. `nano` models are this library's own, for 32×32 images; [cifar10.md](cifar10.md) says what they reach on CIFAR-10.
-The figures' home is `src/allmlp/published.toml`; the tests hold every model to them.
+Every name is a timm model once `allmlp` is imported: `timm.create_model(name)`. Parameters and multiply-adds (MACs)
+are counted at the model's own image size, the last number of its name; in brackets stands what the paper prints (for
+S²-MLP with the classifier that the paper leaves out). Accuracy is the paper's, in percent on ImageNet-1k, trained on
+ImageNet-1k alone. `nano` models are this library's own, for 32×32 images; [cifar10.md](cifar10.md) says what they reach
+on CIFAR-10. The figures' home is `src/allmlp/published.toml`; the tests hold every model to them.
 
 This page is written by `python -m tests.vision.models_page`.
 """
