@@ -24,7 +24,7 @@ $(BIN)/python:
 	@touch $@ .venv/.train
 
 quickstart: .venv/.train
-	$(BIN)/allmlp train digits --recipe recipes/digits.yaml --output runs/digits
+	$(BIN)/allmlp train digits --recipe recipes/digits.yaml --output runs/digits --overwrite
 	$(BIN)/allmlp evaluate runs/digits digits
 	$(BIN)/allmlp predict runs/digits runs/digits/report/samples/*.png
 

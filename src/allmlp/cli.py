@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from allmlp._version import __version__
-from allmlp.errors import UserError
+from allmlp.errors import Interrupted, UserError
 from allmlp.training.recipe import RECIPES, Recipe, make_recipe, read_settings, task_of
 
 DONE, FAILED = 0, 1  # argparse exits with 2 for misuse
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
         sys.stdout.flush()
-    except UserError as error:
+    except (UserError, Interrupted) as error:
         return _fail(str(error))
     except BrokenPipeError:
         # whoever read the answer has seen enough

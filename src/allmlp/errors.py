@@ -1,7 +1,5 @@
 """What went wrong, said once and for people."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
 
@@ -11,6 +9,10 @@ class UserError(ValueError):
 
     The command line prints the message alone and exits with code 1.
     """
+
+
+class Interrupted(Exception):
+    """A training was asked to stop and has saved a checkpoint; the message says where, and how to go on."""
 
 
 def nearest(name: str, options: Iterable[str], count: int = 3) -> str:

@@ -111,10 +111,10 @@ def read_images(
     classes, found = image_sources.find(data, image_column, label_column)
     splits, unreadable = {}, []
     for name, images in found.items():
-        splits[name], broken = _read(images, IMAGE_MODES[channels], strict)
-        unreadable += broken
+        splits[name], broken = read_all(images, IMAGE_MODES[channels], strict)
+        unreadable += [f"{image} ({reason})" for image, reason in broken.items()]
         if not len(splits[name]):
-            raise UserError(f"No image of {data} can be read; the first: {broken[0] if broken else 'there is none'}.")
+            raise UserError(f"No image of {data} can be read, beginning with {unreadable[0]}.")
     if unreadable:
         shown = ", ".join(unreadable[:5]) + (", …" if len(unreadable) > 5 else "")
         _log.warning("left out %d of %s that cannot be read: %s", len(unreadable), data, shown)
@@ -142,10 +142,25 @@ def hold_out(images: LabelledImages, share: float, seed: int) -> tuple[LabelledI
     return images.subset(np.sort(kept)), images.subset(np.sort(out))
 
 
-def _read(images: LabelledImages, mode: str, strict: bool) -> tuple[LabelledImages, list[str]]:
-    """Keeps the readable images, decoded where they all fit into memory, and names the others."""
+def read_all(images: LabelledImages, mode: str, strict: bool = False) -> tuple[LabelledImages, dict[str, str]]:
+    """Reads every image once.
+
+    Args:
+        images: The images as they lie there.
+        mode: `RGB` or `L`.
+        strict: Raise at the first unreadable image.
+
+    Returns:
+        The readable images, decoded where they fit into `MEMORY_LIMIT` bytes together; and the names of the others,
+        each with the reason.
+
+    Raises:
+        UnreadableImage: `strict`, and an image cannot be read.
+    """
     pixels: list[np.ndarray] | None = []
-    readable, unreadable, size = [], [], 0
+    readable: list[int] = []
+    unreadable: dict[str, str] = {}
+    size = 0
     for index in tqdm(range(len(images)), desc="reading images", unit=" images", leave=False, disable=None, delay=1):
         try:
             if pixels is None:
@@ -157,7 +172,7 @@ def _read(images: LabelledImages, mode: str, strict: bool) -> tuple[LabelledImag
         except UnreadableImage as error:
             if strict:
                 raise UnreadableImage(f"{images.names[index]} cannot be read as an image: {error}") from error
-            unreadable.append(f"{images.names[index]} ({error})")
+            unreadable[images.names[index]] = str(error)
         else:
             readable.append(index)
     kept = images.subset(readable) if unreadable else images

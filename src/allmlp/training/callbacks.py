@@ -97,6 +97,20 @@ class Progress(TrainerCallback):
             self.bar = None
 
 
+class DataEpoch(TrainerCallback):
+    """Tells a data set which epoch begins; Accelerate does so only where one process runs an epoch from its start.
+
+    Args:
+        data: The training data, with `set_epoch`.
+    """
+
+    def __init__(self, data: Any):
+        self.data = data
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.data.set_epoch(int((state.epoch or 0) + 1e-6))
+
+
 class AveragedWeights(TrainerCallback):
     """An exponential moving average of the weights, saved with every checkpoint.
 

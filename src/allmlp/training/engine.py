@@ -17,15 +17,11 @@ from transformers.trainer_callback import PrinterCallback
 
 from allmlp._version import __version__
 from allmlp.checkpoints import run_directory
-from allmlp.errors import UserError
-from allmlp.training.callbacks import EMA_WEIGHTS, AveragedWeights, Interruption, Progress
+from allmlp.errors import Interrupted, UserError
+from allmlp.training.callbacks import EMA_WEIGHTS, AveragedWeights, DataEpoch, Interruption, Progress
 from allmlp.training.recipe import Recipe, recipe_to_yaml
 
 _log = logging.getLogger(__name__)
-
-
-class Interrupted(Exception):
-    """Training was asked to stop; the message says where its checkpoint is and how to go on."""
 
 
 class Engine(Trainer):
@@ -71,7 +67,9 @@ class Engine(Trainer):
             weight_decay=recipe.weight_decay,
             fused=arguments.device.type in ("cpu", "cuda"),
         )
-        own = [self.progress, self.interruption, *([self.averaged] if self.averaged else [])]
+        own: list[Any] = [self.progress, self.interruption, *([self.averaged] if self.averaged else [])]
+        if hasattr(others.get("train_dataset"), "set_epoch"):
+            own.append(DataEpoch(others["train_dataset"]))
         super().__init__(
             model=model.to(arguments.device),
             args=arguments,

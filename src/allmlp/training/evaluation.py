@@ -16,8 +16,8 @@ from tqdm import tqdm
 from allmlp.checkpoints import run_directory
 from allmlp.checkpoints.run_directory import TimmModel
 from allmlp.data.image_batches import ImageBatches, as_is, evaluation_transform
-from allmlp.data.images import IMAGE_MODES, load_images, read_images
-from allmlp.data.labelled_images import LabelledImages, UnreadableImage, decode
+from allmlp.data.images import IMAGE_MODES, load_images, read_all, read_images
+from allmlp.data.labelled_images import LabelledImages
 from allmlp.errors import UserError
 from allmlp.tables import table
 from allmlp.training.recipe import VisionRecipe, make_recipe, read_settings
@@ -146,24 +146,27 @@ def predict(run: str, files: Sequence[str], *, top_k: int = 5, strict: bool = Fa
     Raises:
         UserError: The run cannot be used, there is no such file, or `strict` and one cannot be read.
     """
-    model = load_classifier(run)
-    cfg = model.pretrained_cfg
     if top_k < 1:
         raise UserError(f"top_k is {top_k}; it must be at least 1.")
-    batches = evaluation_batches(LabelledImages(sources=[], labels=np.empty(0), names=[]), cfg)
-    results: list[dict[str, Any]] = []
-    paths = _files(files)
-    for path in tqdm(paths, desc="predicting", unit=" images", leave=False, disable=None, delay=1):
-        try:
-            image = decode(path, IMAGE_MODES[cfg["input_size"][0]])
-        except UnreadableImage as error:
-            if strict:
-                raise UnreadableImage(f"{path} cannot be read as an image: {error}") from error
-            results.append({"file": str(path), "error": str(error)})
-            continue
-        likeliest = probabilities(model, batches, image).topk(min(top_k, len(cfg["label_names"])))
-        results.append({"file": str(path), "predictions": _named(likeliest, cfg["label_names"])})
-    return results
+    model = load_classifier(run)
+    cfg = model.pretrained_cfg
+    names = [str(path) for path in _files(files)]
+    images = LabelledImages(sources=names, labels=np.zeros(len(names), dtype=np.int64), names=names)
+    readable, reasons = read_all(images, IMAGE_MODES[cfg["input_size"][0]], strict)
+    likeliest: dict[str, list[dict[str, Any]]] = {}
+    if len(readable):
+        batches = evaluation_batches(readable, cfg)
+        logits, _ = logits_of(model, batches)
+        reasons |= dict.fromkeys(batches.unreadable(), "broken")
+        read = [name for name in readable.names if name not in reasons]
+        best = logits.softmax(1).topk(min(top_k, logits.shape[1]))
+        for name, shares, classes in zip(read, best.values.tolist(), best.indices.tolist(), strict=True):
+            pairs = zip(classes, shares, strict=True)
+            likeliest[name] = [{"label": cfg["label_names"][index], "probability": share} for index, share in pairs]
+    return [
+        {"file": name, "error": reasons[name]} if name in reasons else {"file": name, "predictions": likeliest[name]}
+        for name in names
+    ]
 
 
 def accuracy_text(found: dict[str, Any]) -> str:
@@ -187,13 +190,6 @@ def predictions_text(found: list[dict[str, Any]]) -> str:
             for entry in readable
         ]
     )
-
-
-@torch.inference_mode()
-def probabilities(model: TimmModel, batches: ImageBatches, image: Image.Image) -> Float[Tensor, " classes"]:
-    """The classes' probabilities for one image, prepared as `batches` prepares its own."""
-    pixels = batches.normalised(batches.transform(image))
-    return model(pixels[None])[0].float().softmax(0)
 
 
 def load_classifier(run: str) -> TimmModel:
@@ -237,13 +233,6 @@ def relabelled(images: LabelledImages, names: Sequence[str], known: Sequence[str
         )
     index = np.array([known.index(name) for name in names])
     return LabelledImages(sources=images.sources, labels=index[images.labels], names=images.names)
-
-
-def _named(likeliest: Any, classes: Sequence[str]) -> list[dict[str, Any]]:
-    return [
-        {"label": classes[index], "probability": probability}
-        for probability, index in zip(likeliest.values.tolist(), likeliest.indices.tolist(), strict=True)
-    ]
 
 
 def _files(files: Sequence[str]) -> list[Path]:

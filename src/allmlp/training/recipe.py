@@ -127,15 +127,13 @@ class VisionRecipe(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require(
-            "between 0 and 1", lambda v: 0 <= v <= 1, "hflip", "random_erasing", "mix_prob", "mix_switch_prob"
-        )
+        self._require("from 0 to 1", lambda v: 0 <= v <= 1, "hflip", "random_erasing", "mix_prob", "mix_switch_prob")
         self._require("above 0 and at most 1", lambda v: 0 < v <= 1, "crop_scale", "crop_pct", "layer_decay")
         self._require("above 0 and below 1", lambda v: 0 < v < 1, "holdout")
         self._require("at least 0 and below 1", lambda v: 0 <= v < 1, "label_smoothing", "drop", "drop_path")
         self._require("at least 0", lambda v: v >= 0, "color_jitter", "mixup", "cutmix")
-        sides = self.img_size if isinstance(self.img_size, tuple) else (self.img_size or 1,)
-        if min(sides) < 1:
+        sides = self.img_size if isinstance(self.img_size, tuple) else (self.img_size,)
+        if any(side is not None and side < 1 for side in sides):
             raise UserError(f"img_size is {self.img_size}; it must be positive.")
 
 

@@ -1,0 +1,135 @@
+"""Run directories: the same files for transformers, for timm and for allmlp."""
+
+import contextlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+
+import allmlp
+from allmlp.checkpoints import run_directory
+from allmlp.errors import UserError
+from tests.pictures import picture
+
+ARGUMENTS = {"img_size": 8, "patch_size": 4, "num_blocks": 2, "embed_dim": 16}
+CLASSES = ["cat", "dog", "wolf"]
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[Path, torch.nn.Module]:
+    """A saved model and the model."""
+    model = timm.create_model("gmlp_nano_patch4_32", num_classes=3, **ARGUMENTS).eval()
+    wrapped = run_directory.classifier(model, "gmlp_nano_patch4_32", ARGUMENTS, CLASSES)
+    run_directory.save_classifier(wrapped, tmp_path / "run")
+    return tmp_path / "run", model
+
+
+def test_the_weights_of_a_fresh_model_are_left_as_they_are() -> None:
+    model = timm.create_model("gmlp_nano_patch4_32", num_classes=3, **ARGUMENTS)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    wrapped = run_directory.classifier(model, "gmlp_nano_patch4_32", ARGUMENTS, CLASSES)
+    torch.testing.assert_close(run_directory.plain_state_dict(wrapped), before, rtol=0, atol=0)
+
+
+def test_transformers_timm_and_allmlp_load_the_same_model(saved: tuple[Path, torch.nn.Module]) -> None:
+    run, model = saved
+    images = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        expected = model(images)
+        ours = allmlp.load(run)
+        wrapped = AutoModelForImageClassification.from_pretrained(run).eval()
+        plain = timm.create_model(f"local-dir:{run}", pretrained=True).eval()
+        for logits in (ours(images), wrapped(images).logits, plain(images)):
+            torch.testing.assert_close(logits, expected, rtol=0, atol=0)
+    assert not ours.training
+    assert ours.pretrained_cfg["label_names"] == CLASSES
+    assert wrapped.config.id2label == dict(enumerate(CLASSES))
+    assert plain.pretrained_cfg["label_names"] == CLASSES
+
+
+def test_the_processor_prepares_images_as_training_did(saved: tuple[Path, torch.nn.Module]) -> None:
+    from allmlp.data.labelled_images import LabelledImages
+    from allmlp.training.evaluation import evaluation_batches
+
+    run, model = saved
+    image = picture("red", size=(30, 20))
+    theirs = AutoImageProcessor.from_pretrained(run)(image)["pixel_values"]
+    images = LabelledImages(sources=[np.asarray(image)], labels=np.array([0]), names=["red"])
+    ours = evaluation_batches(images, model.pretrained_cfg)[0]["pixel_values"]
+    torch.testing.assert_close(theirs[0], ours, rtol=1e-4, atol=1e-5)
+
+
+def test_pipelines_take_a_run_directory(saved: tuple[Path, torch.nn.Module]) -> None:
+    run, _ = saved
+    answer = pipeline("image-classification", model=str(run))(picture("red"), top_k=2)
+    assert len(answer) == 2
+    assert {each["label"] for each in answer} <= set(CLASSES)
+
+
+def test_directories_that_are_no_run_say_what_they_are(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="There is no run directory"):
+        allmlp.load(tmp_path / "none")
+    with pytest.raises(UserError, match=r"is no run directory: it has no config\.json"):
+        allmlp.load(tmp_path)
+    (tmp_path / "checkpoint-7").mkdir()
+    (tmp_path / "checkpoint-7" / "trainer_state.json").touch()
+    with pytest.raises(UserError, match=r"training did not finish; the last checkpoint is .*checkpoint-7"):
+        allmlp.load(tmp_path)
+    for text, message in (("{", "not valid JSON"), ("{}", "what kind of model"), ('{"model_type": "bert"}', "'bert'")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UserError, match=message):
+            allmlp.load(tmp_path)
+
+
+def test_config_and_weights_that_do_not_match_are_listed(saved: tuple[Path, torch.nn.Module]) -> None:
+    run, _ = saved
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, "model_args": {**ARGUMENTS, "num_blocks": 3}}))
+    with pytest.raises(UserError, match=r"10 missing: blocks\.2\.norm\.weight.*… \(2 more\)"):
+        allmlp.load(run)
+    (run / "config.json").write_text(json.dumps({**config, "model_args": {**ARGUMENTS, "num_blocks": 1}}))
+    with pytest.raises(UserError, match=r"10 unexpected: blocks\.1\."):
+        allmlp.load(run)
+    (run / "config.json").write_text(json.dumps({**config, "num_classes": 4}))
+    with pytest.raises(UserError, match=r"2 of another shape: head\.weight \[3, 16\] instead of \[4, 16\]"):
+        allmlp.load(run)
+
+
+def test_broken_weights_and_unknown_architectures_are_named(saved: tuple[Path, torch.nn.Module]) -> None:
+    run, _ = saved
+    weights = (run / "model.safetensors").read_bytes()
+    (run / "model.safetensors").write_bytes(weights[:100])
+    with pytest.raises(UserError, match=r"model\.safetensors cannot be read"):
+        allmlp.load(run)
+    (run / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"model\.safetensors cannot be read"):
+        allmlp.load(run)
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, "architecture": "gmlp_nan_patch4_32"}))
+    with pytest.raises(UserError, match=r"no model 'gmlp_nan_patch4_32'\. Did you mean 'gmlp_nano_patch4_32'"):
+        allmlp.load(run)
+
+
+def test_files_appear_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "metrics.json"
+    run_directory.write_json(target, {"a": 1})
+    with pytest.raises(TypeError):
+        run_directory.write_json(target, {"a": object()})
+    with contextlib.suppress(RuntimeError), run_directory.atomic_path(target) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert json.loads(target.read_text()) == {"a": 1}
+    assert [path.name for path in target.parent.iterdir()] == ["metrics.json"]
+
+
+def test_clearing_removes_a_run_and_nothing_else(saved: tuple[Path, torch.nn.Module]) -> None:
+    run, _ = saved
+    (run / "checkpoint-3").mkdir()
+    (run / "report").mkdir()
+    (run / "mine.txt").write_text("kept")
+    run_directory.clear(run)
+    assert [path.name for path in run.iterdir()] == ["mine.txt"]

@@ -1,0 +1,120 @@
+"""Batches: normalised, augmented by the seed, mixed."""
+
+import numpy as np
+import pytest
+import torch
+from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
+from torch.utils.data import DataLoader
+
+from allmlp.data.image_batches import ImageBatches, as_is, evaluation_transform, training_transform
+from allmlp.data.labelled_images import LabelledImages
+from allmlp.errors import UserError
+
+CFG = {"input_size": (3, 8, 8), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4), "crop_pct": 1.0}
+CFG["interpolation"] = "bicubic"
+
+
+def _images(count: int = 12, size: int = 8) -> LabelledImages:
+    pixels = np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+    return LabelledImages(sources=pixels, labels=np.arange(count) % 3, names=[f"image {i}" for i in range(count)])
+
+
+def _training(**settings: object) -> ImageBatches:
+    mix = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, num_classes=3, label_smoothing=0.1)
+    transform = training_transform(CFG, crop="padded", auto_augment="rand-m9-mstd0.5-inc1")
+    erase = RandomErasing(0.5, mode="pixel", device="cpu")
+    arguments = {"mean": CFG["mean"], "std": CFG["std"], "mix": mix, "erase": erase, "seed": 5, **settings}
+    return ImageBatches(_images(), transform, **arguments)
+
+
+def test_evaluation_gives_normalised_pixels_as_they_are() -> None:
+    images = _images()
+    batches = ImageBatches(images, evaluation_transform(CFG), mean=CFG["mean"], std=CFG["std"])
+    batch = batches.__getitems__([4, 7])
+    expected = (images.sources[[4, 7]] / 255 - np.array(CFG["mean"])) / np.array(CFG["std"])
+    np.testing.assert_allclose(batch["pixel_values"].numpy(), expected.transpose(0, 3, 1, 2), rtol=1e-5, atol=1e-6)
+    assert batch["labels"].tolist() == [1, 1]
+    torch.testing.assert_close(batches[7]["pixel_values"], batch["pixel_values"][1])
+
+
+def test_augmentation_depends_on_seed_epoch_and_place_alone() -> None:
+    batches = _training()
+    first = batches.__getitems__([0, 1, 2, 3])
+    torch.rand(7), np.random.rand(3)  # noqa: NPY002 what happens elsewhere changes nothing
+    again = batches.__getitems__([0, 1, 2, 3])
+    torch.testing.assert_close(again, first, rtol=0, atol=0)
+    batches.set_epoch(1)
+    assert not torch.equal(batches.__getitems__([0, 1, 2, 3])["pixel_values"], first["pixel_values"])
+    assert not torch.equal(_training(seed=6).__getitems__([0, 1, 2, 3])["pixel_values"], first["pixel_values"])
+
+
+def test_augmentation_leaves_the_global_random_states_alone() -> None:
+    torch.manual_seed(3)
+    np.random.seed(3)  # noqa: NPY002
+    expected = torch.rand(2), np.random.rand(2)  # noqa: NPY002
+    torch.manual_seed(3)
+    np.random.seed(3)  # noqa: NPY002
+    _training().__getitems__([0, 1])
+    torch.testing.assert_close(torch.rand(2), expected[0])
+    np.testing.assert_array_equal(np.random.rand(2), expected[1])  # noqa: NPY002
+
+
+def test_worker_processes_give_the_same_batches() -> None:
+    loaders = [DataLoader(_training(), batch_size=4, num_workers=workers, collate_fn=as_is) for workers in (0, 2)]
+    for alone, helped in zip(*loaders, strict=True):
+        torch.testing.assert_close(helped, alone, rtol=0, atol=0)
+
+
+def test_mixing_gives_shares_of_classes_and_spares_odd_batches() -> None:
+    mixed = _training().__getitems__(range(6))["labels"]
+    assert mixed.shape == (6, 3)
+    torch.testing.assert_close(mixed.sum(1), torch.ones(6))
+    assert _training().__getitems__(range(5))["labels"].tolist() == [0, 1, 2, 0, 1]
+
+
+def test_images_that_turn_out_broken_are_dropped_and_named() -> None:
+    images = _images(4)
+    sources = [images.sources[0], "/no/such/file.png", images.sources[2], images.sources[3]]
+    broken = LabelledImages(sources=sources, labels=images.labels, names=images.names)
+    batches = ImageBatches(broken, evaluation_transform(CFG), mean=CFG["mean"], std=CFG["std"])
+    assert batches.__getitems__([0, 1, 2])["labels"].tolist() == [0, 2]
+    assert batches.unreadable() == ["image 1"]
+    with pytest.raises(UserError, match="A whole batch cannot be read; the first of it: image 1"):
+        batches.__getitems__([1])
+
+
+def test_workers_report_what_they_found_broken() -> None:
+    images = _images(4)
+    sources = [*images.sources[:3], "/no/such/file.png"]
+    broken = LabelledImages(sources=sources, labels=images.labels, names=images.names)
+    batches = ImageBatches(broken, evaluation_transform(CFG), mean=CFG["mean"], std=CFG["std"])
+    sizes = [len(batch["labels"]) for batch in DataLoader(batches, batch_size=2, num_workers=1, collate_fn=as_is)]
+    assert sizes == [2, 1]
+    assert batches.unreadable() == ["image 3"]
+
+
+@pytest.mark.parametrize("crop", ["padded", "resized"])
+@pytest.mark.parametrize("size", [(8, 8), (6, 10)])
+def test_training_crops_have_the_models_size(crop: str, size: tuple[int, int]) -> None:
+    transform = training_transform({**CFG, "input_size": (3, *size)}, crop=crop, color_jitter=0.3)
+    batches = ImageBatches(_images(size=20), transform, mean=CFG["mean"], std=CFG["std"], seed=0)
+    assert batches.__getitems__([0, 1])["pixel_values"].shape == (2, 3, *size)
+
+
+def test_a_grey_model_gets_one_channel() -> None:
+    cfg = {**CFG, "input_size": (1, 8, 8), "mean": (0.5,), "std": (0.2,)}
+    batches = ImageBatches(_images(), training_transform(cfg), mean=cfg["mean"], std=cfg["std"], seed=0)
+    assert batches.__getitems__([0, 1])["pixel_values"].shape == (2, 1, 8, 8)
+
+
+def test_strong_augmentation_survives_every_image() -> None:
+    # a policy that timm draws with all bits posterised away
+    transform = training_transform(CFG, auto_augment="rand-m10-n8-inc1")
+    batches = ImageBatches(_images(60), transform, mean=CFG["mean"], std=CFG["std"], seed=0)
+    assert len(batches.__getitems__(range(60))["labels"]) == 60
+
+
+def test_an_unknown_policy_is_refused() -> None:
+    with pytest.raises(UserError, match="auto_augment is 'nonsense'"):
+        training_transform(CFG, auto_augment="nonsense")

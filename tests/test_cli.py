@@ -1,0 +1,178 @@
+"""The command line as its users meet it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from allmlp.cli import main
+from tests.pictures import picture, write_classes
+
+ROOT = Path(__file__).parents[1]
+TINY = [
+    *("--model", "gmlp_nano_patch4_32", "--model-args", "{num_blocks: 1, embed_dim: 16}", "--img-size", "8"),
+    *("--epochs", "4", "--batch-size", "8", "--lr", "5e-3", "--crop", "padded", "--precision", "fp32"),
+]
+
+
+def _process(*arguments: str, **settings: Any) -> "subprocess.Popen[str]":
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "allmlp", *arguments]
+    return subprocess.Popen(
+        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **settings
+    )
+
+
+def test_help_needs_none_of_the_heavy_libraries() -> None:
+    code = (
+        "import sys; sys.argv = ['allmlp']\n"
+        "from allmlp.cli import main\n"
+        "for command in ([], ['train']):\n"
+        "    try: main([*command, '--help'])\n"
+        "    except SystemExit as end: assert end.code == 0\n"
+        "print({'torch', 'timm', 'transformers', 'numpy', 'datasets'} & set(sys.modules))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, text=True, capture_output=True, check=True)
+    assert done.stdout.endswith("set()\n")
+    for words in (
+        "models",
+        "evaluate",
+        "--label-smoothing LABEL_SMOOTHING",
+        "peak learning rate of AdamW (default: 0.001)",
+    ):
+        assert words in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["", "nonsense", "train", "train digits --schedule zigzag --output x", "info m --img-size a"],
+)
+def test_misuse_exits_with_2(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(arguments.split())
+    assert left.value.code == 2
+    assert "usage: allmlp" in capsys.readouterr().err
+
+
+def test_models_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "vip_*"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:3] == ["model", "family", "parameters"]
+    assert all(line.startswith("vip_") for line in lines[1:])
+    assert main(["models", "vip_small_patch7_224", "--json"]) == 0
+    (card,) = json.loads(capsys.readouterr().out)
+    assert card["name"] == "vip_small_patch7_224"
+    assert card["top1"] == 81.5
+    assert main(["models", "transformer_*"]) == 1
+
+
+def test_info_shows_layers_at_another_size(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "gmlp_nano_patch4_32", "--img-size", "16x32"]) == 0
+    assert "3 × 16 × 32" in capsys.readouterr().out
+    assert main(["info", "gmlp_nano_patch4_32", "--json"]) == 0
+    layers = json.loads(capsys.readouterr().out)
+    assert layers["parameters"] == sum(row["parameters"] for row in layers["rows"]) == 602_090
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["info", "gmpl_nano_patch4_32"], "Did you mean 'gmlp_nano_patch4_32'"),
+        (["info", "gmlp_nano_patch4_32", "--img-size", "33"], "the nearest sizes are 32×32 and 36×36"),
+        (["train", "digits", "--output", "{tmp}/run", "--model", "gmpl_nano_patch4_32"], "Did you mean"),
+        (["train", "{tmp}/none", "--output", "{tmp}/run", *TINY], "There is no file or folder"),
+        (["train", "{tmp}", "--output", "{tmp}/run", *TINY], "is empty; images go into one folder per class"),
+        (["train", "digits", "--output", "{tmp}/run", *TINY, "--lr", "fast"], "lr is 'fast'; it must be a number"),
+        (["train", "digits", "--output", "{tmp}/run", "--recipe", "{tmp}/none.yaml"], "There is no recipe at"),
+        (["train", "digits", "--output", "{tmp}/run", *TINY, "--img-size", "9"], "8×8 and 12×12"),
+        (["evaluate", "{tmp}", "digits"], "is no run directory: it has no config.json"),
+        (["predict", "{tmp}/none", "a.png"], "There is no run directory"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value)[:50],
+)
+def test_bad_input_gets_one_message_and_exit_code_1(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([argument.replace("{tmp}", str(tmp_path)) for argument in arguments]) == 1
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+    assert said.startswith("allmlp: ")
+
+
+def test_train_evaluate_predict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, run = str(write_classes(tmp_path / "pictures", each=10)), str(tmp_path / "run")
+    (tmp_path / "recipe.yaml").write_text("lr: 1e-3\nlabel_smoothing: 0.1\n")
+    assert (
+        main(["train", data, "--output", run, *TINY, "--recipe", str(tmp_path / "recipe.yaml"), "--epochs", "6"]) == 0
+    )
+    answer = capsys.readouterr()
+    assert "accuracy 100.00% on 6 held-out images" in answer.out
+    assert f"run directory  {run}" in answer.out
+    assert f"{run}/report/spatial_weights.png" in answer.out
+    assert "epoch   6.0 of 6" in answer.err
+    written = (Path(run) / "recipe.yaml").read_text()
+    assert "lr: 0.005" in written, "a flag wins over the recipe"
+    assert "label_smoothing: 0.1" in written
+
+    assert main(["train", data, "--output", run, *TINY]) == 1
+    assert "holds a run already" in capsys.readouterr().err
+
+    assert main(["evaluate", run, data, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["accuracy"] == 1.0
+    assert main(["evaluate", run]) == 0
+    assert "(held out), 6 images\naccuracy 100.00%" in capsys.readouterr().out
+
+    picture("green", 77).save(tmp_path / "new.png")
+    (tmp_path / "broken.png").write_text("no image")
+    files = [str(tmp_path / name) for name in ("new.png", "broken.png")]
+    assert main(["predict", run, *files, "--top-k", "1", "--json"]) == 0
+    answer = capsys.readouterr()
+    assert json.loads(answer.out)[0]["predictions"][0]["label"] == "green"
+    assert "warning: left out 1 of 2" in answer.err
+    assert main(["predict", run, *files, "--strict"]) == 1
+    assert main(["predict", run, files[1]]) == 1
+
+    more = str(tmp_path / "more")
+    assert main(["train", data, "--output", more, "--from", run, "--epochs", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == 1
+
+
+def test_ctrl_c_leaves_a_checkpoint_that_resume_goes_on_from(tmp_path: Path) -> None:
+    data, run = str(write_classes(tmp_path / "pictures", each=10)), tmp_path / "run"
+    training = _process("train", data, "--output", str(run), *TINY, "--epochs", "100000", start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not list(run.glob("checkpoint-*/trainer_state.json")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(training.pid, signal.SIGINT)
+    _, said = training.communicate(timeout=120)
+    assert training.returncode == 1
+    assert "Traceback" not in said
+    last = said.strip().splitlines()[-1]
+    assert last.startswith("allmlp: Stopped after step ")
+    assert f"go on with: allmlp train --resume --output {run}" in last
+    step = int(last.split("step ")[1].split(" ")[0].replace(",", ""))
+    assert (run / f"checkpoint-{step}" / "model.safetensors").is_file()
+
+    epochs = str(step // 3 + 2)
+    resumed = _process("train", "--resume", "--output", str(run), "--epochs", epochs, "--json")
+    answer, said = resumed.communicate(timeout=120)
+    assert resumed.returncode == 0, said
+    assert f"going on from {run}/checkpoint-{step}" in said
+    assert json.loads(answer)["epochs"] == int(epochs)
+
+
+def test_whoever_stops_reading_gets_no_traceback() -> None:
+    with _process("models") as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0

@@ -1,0 +1,77 @@
+"""The Trainer from a recipe."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from allmlp.errors import UserError
+from allmlp.training import engine
+from allmlp.training.engine import chosen_precision, prepare_output, surroundings, training_arguments
+from allmlp.training.recipe import VisionRecipe, read_settings
+
+
+def test_the_recipe_reaches_the_trainer(tmp_path: Path) -> None:
+    recipe = VisionRecipe(
+        epochs=7, batch_size=3, accumulate=2, lr=0.5, warmup=0.25, clip=2.0, precision="fp32", seed=9, eval_every=5
+    )
+    arguments = training_arguments(recipe, tmp_path, workers=2)
+    assert arguments.num_train_epochs == 7
+    assert (arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps) == (3, 2)
+    assert (arguments.learning_rate, arguments.max_grad_norm, arguments.seed) == (0.5, 2.0, 9)
+    assert arguments.get_warmup_steps(100) == 25
+    assert (arguments.eval_steps, arguments.save_steps, arguments.eval_strategy) == (5, 5, "steps")
+    assert arguments.dataloader_num_workers == 2
+    assert not arguments.bf16
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind"),
+    [({}, "cosine"), ({"min_lr": 1e-5}, "cosine_with_min_lr"), ({"schedule": "constant"}, "constant_with_warmup")],
+)
+def test_schedules(tmp_path: Path, settings: dict[str, object], kind: str) -> None:
+    assert training_arguments(VisionRecipe(**settings), tmp_path).lr_scheduler_type == kind
+
+
+def test_precision_is_bf16_only_where_the_processor_computes_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    for able, expected in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: {"amx_bf16": able}, raising=False)
+        assert chosen_precision("auto") == expected
+    assert chosen_precision("bf16") == "bf16"
+    assert chosen_precision("fp32") == "fp32"
+
+
+def test_a_run_directory_in_use_is_not_touched_without_being_asked(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"holds a run already.*--resume.*--overwrite"):
+        prepare_output(tmp_path, VisionRecipe(), resume=False, overwrite=False)
+    assert prepare_output(tmp_path, VisionRecipe(lr=0.5), resume=False, overwrite=True) is None
+    assert not (tmp_path / "config.json").exists()
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert read_settings(tmp_path / "recipe.yaml")["lr"] == 0.5
+
+
+def test_only_complete_checkpoints_are_resumed(tmp_path: Path) -> None:
+    for step, files in (
+        (5, ("trainer_state.json", engine.EMA_WEIGHTS)),
+        (10, ("trainer_state.json", engine.EMA_WEIGHTS)),
+        (15, ("trainer_state.json",)),
+        (20, ()),
+    ):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        for name in files:
+            (tmp_path / f"checkpoint-{step}" / name).touch()
+    assert prepare_output(tmp_path, VisionRecipe(), resume=True, overwrite=False) == tmp_path / "checkpoint-15"
+    averaged = VisionRecipe(ema=0.9)
+    assert prepare_output(tmp_path, averaged, resume=True, overwrite=False) == tmp_path / "checkpoint-10"
+    assert prepare_output(tmp_path / "new", averaged, resume=True, overwrite=False) is None
+
+
+def test_surroundings_name_machine_and_versions() -> None:
+    found = surroundings()
+    assert found["torch"] == torch.__version__
+    assert found["cores"] >= 1
+    assert found["device"]

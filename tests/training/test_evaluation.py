@@ -1,0 +1,112 @@
+"""Measuring and predicting with a run."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from allmlp.errors import UserError
+from allmlp.training import evaluation, vision
+from allmlp.training.evaluation import accuracy_of, confusion, evaluate, predict
+from tests.pictures import picture, write_classes
+from tests.training.tiny import tiny_recipe
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained run."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    vision.train(tiny_recipe(folder, epochs=6), folder / "run")
+    return folder / "run"
+
+
+def test_accuracy_counts_what_it_says() -> None:
+    logits = torch.tensor([[4.0, 0, 0], [0, 4, 0], [3, 0, 1], [0, 0, 2]])
+    found = accuracy_of(logits, torch.tensor([0, 1, 1, 1]), ["a", "b", "c"])
+    assert found["accuracy"] == 0.5
+    assert found["top5"] == 1.0
+    assert found["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1, 1, 1])).item())
+    assert found["per_class"] == {
+        "a": {"accuracy": 1.0, "precision": 0.5, "images": 1},
+        "b": {"accuracy": pytest.approx(1 / 3), "precision": 1.0, "images": 3},
+    }
+    assert confusion(torch.tensor([0, 1, 1]), torch.tensor([0, 2, 2]), 3).tolist() == [[1, 0, 0], [0, 0, 2], [0, 0, 0]]
+
+
+def test_of_its_own_data_the_held_out_part_counts(run: Path) -> None:
+    metrics = json.loads((run / "metrics.json").read_text())
+    for found in (evaluate(str(run)), evaluate(str(run), metrics_data(run))):
+        assert found["part"] == "held out"
+        assert {key: found[key] for key in ("images", "accuracy", "per_class")} == {
+            key: metrics[key] for key in ("images", "accuracy", "per_class")
+        }
+        assert found["loss"] == pytest.approx(metrics["loss"], rel=1e-5)
+    assert "accuracy 100.00%" in evaluation.accuracy_text(found)
+
+
+def metrics_data(run: Path) -> str:
+    """What the run was trained on."""
+    recipe = evaluation.recipe_of(str(run))
+    assert recipe is not None
+    assert recipe.data is not None
+    return recipe.data
+
+
+def test_other_data_is_matched_by_class_names(run: Path, tmp_path: Path) -> None:
+    write_classes(tmp_path / "some", each=4, names=("red", "green"))
+    found = evaluate(str(run), str(tmp_path / "some"), batch_size=3)
+    assert (found["part"], found["images"], found["accuracy"]) == ("all", 8, 1.0)
+    assert list(found["per_class"]) == ["green", "red"]
+    write_classes(tmp_path / "both" / "train")
+    write_classes(tmp_path / "both" / "val", each=2)
+    found = evaluate(str(run), str(tmp_path / "both"))
+    assert (found["part"], found["images"]) == ("validation", 6)
+
+
+def test_unknown_classes_are_refused(run: Path, tmp_path: Path) -> None:
+    write_classes(tmp_path / "data")
+    (tmp_path / "data" / "red").rename(tmp_path / "data" / "purple")
+    with pytest.raises(UserError, match=r"classes that the model does not know: purple\. It knows blue, green, red\."):
+        evaluate(str(run), str(tmp_path / "data"))
+
+
+def test_predictions_name_the_likeliest_classes(run: Path, tmp_path: Path) -> None:
+    for name in ("red", "blue"):
+        picture(name, seed=99, size=(40, 40)).save(tmp_path / f"{name}.png")
+    (tmp_path / "text.jpg").write_text("no image")
+    found = predict(str(run), [str(tmp_path)], top_k=2)
+    assert [Path(entry["file"]).name for entry in found] == ["blue.png", "red.png", "text.jpg"]
+    for entry, name in zip(found[:2], ("blue", "red"), strict=True):
+        assert entry["predictions"][0]["label"] == name
+        assert len(entry["predictions"]) == 2
+        assert entry["predictions"][0]["probability"] > entry["predictions"][1]["probability"] > 0
+    assert found[2]["error"] == "not an image"
+    assert evaluation.predictions_text(found).count("%") == 4
+    with pytest.raises(UserError, match=r"text\.jpg cannot be read"):
+        predict(str(run), [str(tmp_path / "text.jpg")], strict=True)
+
+
+@pytest.mark.parametrize(
+    ("files", "top_k", "message"), [(["none.png"], 1, "There is no file none.png"), ([], 0, "top_k is 0")]
+)
+def test_impossible_predictions_are_refused(run: Path, files: list[str], top_k: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        predict(str(run), files, top_k=top_k)
+
+
+def test_a_folder_without_images_is_refused(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no image"):
+        predict(str(run), [str(tmp_path)])
+
+
+def test_a_run_of_another_task_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gmlp"}')
+    for use in (lambda: evaluate(str(tmp_path), "digits"), lambda: predict(str(tmp_path), ["a.png"])):
+        with pytest.raises(UserError, match="a model of type 'gmlp', not an image classifier"):
+            use()
+
+
+def test_a_checkpoint_is_evaluated_with_its_runs_recipe(run: Path) -> None:
+    found = evaluate(str(run / "checkpoint-18"))
+    assert found["part"] == "held out"

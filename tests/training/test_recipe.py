@@ -1,0 +1,99 @@
+"""Recipes: one home for names, defaults and help."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from allmlp.errors import UserError
+from allmlp.training.recipe import Recipe, VisionRecipe, make_recipe, read_settings, recipe_to_yaml, task_of
+
+
+def test_yaml_gives_the_recipe_back(tmp_path: Path) -> None:
+    recipe = VisionRecipe(data="digits", model="m", img_size=(8, 16), lr=3e-4, model_args={"depth": 2}, strict=True)
+    (tmp_path / "recipe.yaml").write_text(recipe_to_yaml(recipe))
+    settings = read_settings(tmp_path / "recipe.yaml")
+    assert settings.pop("task") == "image-classification"
+    assert make_recipe(settings, VisionRecipe) == recipe
+
+
+@pytest.mark.parametrize(
+    ("given", "field", "value"),
+    [
+        ({"lr": "1e-3"}, "lr", 1e-3),
+        ({"epochs": 3}, "epochs", 3.0),
+        ({"batch_size": "32"}, "batch_size", 32),
+        ({"img_size": "64"}, "img_size", 64),
+        ({"img_size": "64x96"}, "img_size", (64, 96)),
+        ({"img_size": [64, 96]}, "img_size", (64, 96)),
+        ({"model_args": "{depth: 3}"}, "model_args", {"depth": 3}),
+        ({"auto_augment": None}, "auto_augment", None),
+    ],
+)
+def test_text_from_the_command_line_and_yaml_becomes_the_fields_type(
+    given: dict[str, object], field: str, value: object
+) -> None:
+    found = getattr(make_recipe(given, VisionRecipe), field)
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"weight_decai": 0.1},
+            "sets 'weight_decai', which image-classification does not know. Did you mean 'wei",
+        ),
+        ({"lr": "fast"}, "lr is 'fast'; it must be a number"),
+        ({"batch_size": 2.5}, "batch_size is 2.5; it must be a whole number"),
+        ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
+        ({"epochs": -1}, "epochs is -1.0; it must be positive"),
+        ({"ema": 1}, "ema is 1.0; it must be at least 0 and below 1"),
+        ({"compile": "maybe"}, "compile is 'maybe'; it must be true or false"),
+        ({"schedule": "cosin"}, "schedule is 'cosin'; it must be one of cosine, linear, constant"),
+        ({"img_size": "8x8x8"}, "img_size is '8x8x8'; it must be a whole number or HEIGHTxWIDTH or nothing"),
+        ({"img_size": 0}, "img_size is 0; it must be positive"),
+        ({"model_args": "depth"}, "model_args is 'depth'; it must be a YAML mapping"),
+        ({"hflip": 2}, "hflip is 2.0; it must be from 0 to 1"),
+        ({"holdout": 1}, "holdout is 1.0; it must be above 0 and below 1"),
+    ],
+)
+def test_bad_values_are_named_with_what_is_allowed(given: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        make_recipe(given, VisionRecipe)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("[1, 2]", "must map hyper-parameters"), ("a: [", "is not valid YAML"), (None, "There is no")]
+)
+def test_files_that_are_no_recipe_are_refused(tmp_path: Path, text: str | None, message: str) -> None:
+    if text is not None:
+        (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_settings(tmp_path / "r.yaml")
+
+
+def test_the_task_is_the_one_named() -> None:
+    assert task_of({}) == task_of({"task": "image-classification"}) == "image-classification"
+    with pytest.raises(UserError, match="There is no task 'image'"):
+        task_of({"task": "image"})
+
+
+def test_every_field_has_help() -> None:
+    assert all(field.metadata["help"] for field in dataclasses.fields(VisionRecipe))
+    assert issubclass(VisionRecipe, Recipe)
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parents[2].glob("recipes/*.yaml")), ids=lambda path: path.stem)
+def test_recipes_in_the_repository_open_with_their_command_and_are_valid(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    opening = text.splitlines()[:12]
+    for word in ("Command", "Score", "Hardware", "Time"):
+        assert any(line.startswith(f"# {word}:") for line in opening), word
+    settings = yaml.safe_load(text)
+    task = settings.pop("task", "image-classification")
+    if task == "image-classification":
+        make_recipe(settings, VisionRecipe)

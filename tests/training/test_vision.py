@@ -1,0 +1,205 @@
+"""Training image classifiers, from the recipe to the run directory."""
+
+import json
+import logging
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import allmlp
+from allmlp.errors import Interrupted, UserError
+from allmlp.training import callbacks, vision
+from allmlp.training.recipe import VisionRecipe, make_recipe, read_settings
+from tests.training.tiny import tiny_recipe
+
+EVERYTHING = {
+    "mixup": 0.8,
+    "label_smoothing": 0.1,
+    "ema": 0.9,
+    "drop": 0.1,
+    "drop_path": 0.1,
+    "layer_decay": 0.8,
+    "accumulate": 2,
+    "batch_size": 4,
+    "random_erasing": 0.2,
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A finished run and its metrics."""
+    folder = tmp_path_factory.mktemp("vision")
+    return folder / "run", vision.train(tiny_recipe(folder, epochs=6), folder / "run")
+
+
+def test_the_model_learns_and_says_how_well(finished: tuple[Path, dict[str, Any]]) -> None:
+    run, metrics = finished
+    assert metrics["accuracy"] == 1.0
+    assert metrics["steps"] == 18
+    assert metrics["images_per_second"] > 0
+    losses = [entry["loss"] for entry in metrics["history"] if "loss" in entry]
+    assert len(losses) == 18
+    assert losses[-1] < losses[0]
+    assert json.loads((run / "metrics.json").read_text()) == metrics
+    assert "accuracy 100.00% on 6 held-out images" in vision.summary(metrics, run)
+
+
+def test_the_run_directory_is_complete(finished: tuple[Path, dict[str, Any]]) -> None:
+    run, metrics = finished
+    for name in ("config.json", "model.safetensors", "recipe.yaml", "metrics.json", "checkpoint-18", "tensorboard"):
+        assert (run / name).exists(), name
+    assert metrics["pictures"] == [
+        f"report/{name}.png" for name in ("curves", "confusion", "predictions", "spatial_weights")
+    ]
+    assert all((run / picture).stat().st_size > 5000 for picture in metrics["pictures"])
+    assert not list(run.rglob(".*")), "temporary files are left"
+
+
+def test_tensorboard_has_scalars_and_the_graph(finished: tuple[Path, dict[str, Any]]) -> None:
+    events = EventAccumulator(str(finished[0] / "tensorboard"))
+    events.Reload()
+    assert {"train/loss", "eval/accuracy", "train/learning_rate"} <= set(events.Tags()["scalars"])
+    assert events.Tags()["graph"]
+
+
+def test_run_and_checkpoint_load_with_the_same_weights(finished: tuple[Path, dict[str, Any]]) -> None:
+    run, _ = finished
+    weights = load_file(run / "model.safetensors")
+    for place in (run, run / "checkpoint-18"):
+        model = allmlp.load(place)
+        assert not model.training
+        assert model.pretrained_cfg["label_names"] == ["blue", "green", "red"]
+        torch.testing.assert_close(dict(model.state_dict()), weights)
+
+
+def test_the_recipe_in_the_run_directory_repeats_the_run(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    run, _ = finished
+    settings = read_settings(run / "recipe.yaml")
+    del settings["task"]
+    vision.train(make_recipe(settings, VisionRecipe), tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("settings", [{}, EVERYTHING], ids=["plain", "everything on"])
+def test_an_interrupted_training_resumes_exactly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    recipe = tiny_recipe(tmp_path, epochs=4, **settings)
+    whole = vision.train(recipe, tmp_path / "whole")
+
+    stop_at = whole["steps"] // 2 + 1
+    step_end = callbacks.Progress.on_step_end
+
+    def interrupting(self: Any, args: Any, state: Any, control: Any, **others: Any) -> None:
+        step_end(self, args, state, control, **others)
+        if state.global_step == stop_at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(callbacks.Progress, "on_step_end", interrupting)
+        with pytest.raises(Interrupted, match=f"Stopped after step {stop_at} of .*--resume"):
+            vision.train(recipe, tmp_path / "parts")
+    assert (tmp_path / "parts" / f"checkpoint-{stop_at}" / "model.safetensors").is_file()
+    assert allmlp.load(tmp_path / "parts" / f"checkpoint-{stop_at}")
+    assert not (tmp_path / "parts" / "model.safetensors").exists()
+
+    resumed = vision.train(recipe, tmp_path / "parts", resume=True)
+    assert _course(resumed) == _course(whole)
+    torch.testing.assert_close(
+        load_file(tmp_path / "parts" / "model.safetensors"),
+        load_file(tmp_path / "whole" / "model.safetensors"),
+        rtol=0,
+        atol=0,
+    )
+
+
+def _course(metrics: dict[str, Any]) -> list[tuple[Any, ...]]:
+    return [(entry["step"], entry.get("loss"), entry.get("eval_loss")) for entry in metrics["history"]]
+
+
+def test_averaged_weights_are_the_ones_kept(tmp_path: Path) -> None:
+    metrics = vision.train(tiny_recipe(tmp_path, ema=0.9), tmp_path / "run")
+    last = tmp_path / "run" / f"checkpoint-{metrics['steps']}"
+    kept = load_file(tmp_path / "run" / "model.safetensors")
+    averaged = {name.removeprefix("timm_model."): value for name, value in load_file(last / "ema.safetensors").items()}
+    torch.testing.assert_close(kept, averaged, rtol=0, atol=0)
+    assert not torch.equal(kept["head.weight"], load_file(last / "model.safetensors")["head.weight"])
+    final = [entry for entry in metrics["history"] if "eval_loss" in entry][-1]
+    assert final["eval_loss"] == pytest.approx(metrics["loss"], rel=1e-4)
+
+
+def test_fine_tuning_replaces_a_head_of_another_size_and_says_so(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, _ = finished
+    two = tiny_recipe(tmp_path, start_from=str(run), model=None, model_args={}, img_size=None, epochs=1)
+    for name in ("green",):
+        for file in (tmp_path / "pictures" / name).iterdir():
+            file.unlink()
+        (tmp_path / "pictures" / name).rmdir()
+    with caplog.at_level(logging.INFO):
+        vision.train(two, tmp_path / "two")
+    assert "tells 3 classes apart; a new one for 2 classes replaces it" in caplog.text
+    model = allmlp.load(tmp_path / "two")
+    assert model.head.out_features == 2
+    assert len(model.blocks) == 2
+
+
+def test_fine_tuning_goes_on_from_the_weights(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    run, metrics = finished
+    recipe = tiny_recipe(tmp_path, start_from=str(run), model=None, model_args={}, img_size=None, epochs=1, lr=1e-6)
+    assert vision.train(recipe, tmp_path / "more")["loss"] == pytest.approx(metrics["loss"], rel=0.3)
+
+
+def test_weights_that_do_not_match_are_listed(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    run, _ = finished
+    recipe = tiny_recipe(tmp_path, start_from=str(run), model="mixer_nano_patch4_32", model_args={})
+    with pytest.raises(UserError) as caught:
+        vision.train(recipe, tmp_path / "run")
+    first, *lists = str(caught.value).splitlines()
+    assert "do not match the model" in first
+    assert [line.split()[1] for line in lists] == ["missing:", "unexpected:", "of"]
+    assert "blocks.0.norm1.weight" in lists[0]
+    assert "blocks.0.sgu.weight" in lists[1]
+    assert "stem.proj.weight [16, 3, 4, 4] instead of [128, 3, 4, 4]" in lists[2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model": "gmpl_nano_patch4_32"}, r"no model 'gmpl_nano_patch4_32'\. Did you mean 'gmlp_nano_patch4_32'"),
+        ({"model": None}, "name a model, or a run directory"),
+        ({"data": None}, "name the data"),
+        ({"img_size": 10}, r"10×10 pixels cannot be cut into patches of 4×4.*8×8 and 12×12"),
+        ({"model_args": {"depht": 2}}, "cannot be made with these arguments: .*depht"),
+        ({"start_from": "no/such/run"}, "There is no run directory no/such/run"),
+        ({"model_args": {"in_chans": 2}}, "takes 2 channels"),
+    ],
+)
+def test_what_cannot_be_trained_is_said_clearly(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        vision.train(tiny_recipe(tmp_path, **settings), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_grey_model_trains_and_loads(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, epochs=1, model_args={"num_blocks": 1, "embed_dim": 8, "in_chans": 1})
+    vision.train(recipe, tmp_path / "run")
+    assert allmlp.load(tmp_path / "run").pretrained_cfg["input_size"] == [1, 8, 8]
+
+
+def test_layer_decay_lowers_the_rates_of_lower_layers(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, layer_decay=0.5)
+    model = vision.build_model(recipe, *vision.planned_model(recipe)[:2], ["a", "b"])
+    rate = {id(p): group["lr"] for group in vision.parameter_groups(model, recipe) for p in group["params"]}
+    assert rate[id(model.head.weight)] == recipe.lr
+    assert rate[id(model.stem.proj.weight)] < rate[id(model.blocks[0].proj_in.weight)] < recipe.lr
+    decay = {id(p): group["weight_decay"] for group in vision.parameter_groups(model, recipe) for p in group["params"]}
+    assert decay[id(model.blocks[0].sgu.bias)] == 0
+    assert decay[id(model.blocks[0].sgu.weight)] == recipe.weight_decay
