@@ -11,6 +11,9 @@ TOLERANCES: dict[torch.dtype, dict[str, float]] = {
     torch.bfloat16: {"rtol": 5e-2, "atol": 5e-2},
 }
 
+# Largest deviation of a converted model's output from its original's, relative to the output's largest number.
+PARITY: dict[torch.dtype, float] = {torch.float64: 1e-9, torch.float32: 1e-5}
+
 
 def assert_close(actual: Tensor, expected: Tensor) -> None:
     """Fail unless `actual` has the shape and, within its dtype's tolerance, the values of `expected`."""

@@ -271,7 +271,8 @@ def _known_facts(
         allowed = f"what can be given is {', '.join(named)}" if named else "nothing has to be given"
         raise UserError(f"This is {kind}, for which there is no {', '.join(unknown)}; {allowed}.")
     known = {}
-    for name, value in {**layout.stored(beside), **given}.items():
+    stored = layout.stored(beside) if layout.stored else {}
+    for name, value in {**stored, **given}.items():
         try:
             known[name] = named[name].parse(value)
         except ValueError as error:

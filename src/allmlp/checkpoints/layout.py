@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ class Layout:
             from the model's in dimensions of size one.
         inferred: What `convert` infers, for the documentation.
         facts: What it has to be told.
-        stored: The facts that the trainer's configuration beside the weights holds.
+        stored: Reads facts from what the trainer saves beside the weights.
     """
 
     source: str
@@ -56,7 +56,7 @@ class Layout:
     convert: Callable[[Tensors, Facts], tuple[Architecture, Tensors]]
     inferred: str
     facts: Sequence[Fact] = ()
-    stored: Callable[[Mapping[str, Any]], dict[str, Any]] = field(default=lambda beside: {})
+    stored: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
 
 
 def shape(tensors: Mapping[str, Tensor], name: str, dims: int) -> tuple[int, ...]:

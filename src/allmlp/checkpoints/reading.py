@@ -65,7 +65,8 @@ def _read_zip(path: Path) -> Any:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
+    # A broken directory can fail anywhere in zipfile's parser.
+    except Exception as error:
         raise _corrupt(path, error) from error
     names = [entry.filename for entry in entries]
     claimed, size = sum(entry.file_size for entry in entries), path.stat().st_size
@@ -102,8 +103,12 @@ def _read_npz(path: Path) -> dict[str, torch.Tensor]:
                 tensors[name] = torch.from_numpy(array)
     except UserError:
         raise
-    # A broken member can fail anywhere in numpy's parser, and pickled members raise ValueError.
+    # A broken member can fail anywhere in zipfile's and numpy's parsers.
     except Exception as error:
+        if "allow_pickle" in str(error):
+            raise UserError(
+                f"{path} is refused: it holds pickled Python objects, which would have to be run."
+            ) from error
         raise _corrupt(path, error) from error
     return tensors
 

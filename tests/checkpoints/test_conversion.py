@@ -1,0 +1,231 @@
+"""Every recorded original, and what is common to all sources."""
+
+import json
+import logging
+
+import pytest
+import timm
+import torch
+from transformers import AutoModelForCausalLM
+
+import allmlp
+from allmlp.checkpoints import MissingFacts, conversion
+from allmlp.checkpoints.conversion import LAYOUTS, SOURCES, convert_checkpoint, convert_state_dict, write_run_directory
+from allmlp.errors import UserError
+from tests.checkpoints import originals, parity
+from tests.checkpoints.parity import GOLDEN, Case
+from tests.tolerances import PARITY
+
+CASES = [path.parent.name for path in sorted(GOLDEN.glob("*/case.json"))]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_recorded_original_is_matched(name: str) -> None:
+    case = parity.golden(GOLDEN / name)
+    found, deviations = parity.deviations(case)
+    assert found.layout.source == case.source
+    for dtype, deviation in deviations.items():
+        assert deviation <= PARITY[dtype], f"{deviation:.1e} in {dtype}"
+
+
+def test_every_layout_is_measured_and_documented() -> None:
+    measured: dict[str, list[float]] = {}
+    for case in parity.cases():
+        found, deviations = parity.deviations(case)
+        measured.setdefault(parity.cells(found.layout), []).extend(deviations.values())
+    rows = [line.strip("| ").rsplit(" | ", 2) for line in parity.documented()[2:]]
+    assert [cells for cells, *_ in rows] == [parity.cells(layout) for layout in LAYOUTS]
+    assert measured.keys() == {cells for cells, *_ in rows}
+    for cells, *figures in rows:
+        for dtype, figure in zip((torch.float64, torch.float32), figures, strict=True):
+            assert float(figure) <= PARITY[dtype], cells
+
+
+@pytest.fixture
+def language() -> dict[str, torch.Tensor]:
+    return originals.lucidrains_language(causal=True).model.state_dict()
+
+
+FACTS = {"causal": True, "gate_act": None}
+
+
+class TestFacts:
+    def test_what_is_missing_is_listed_by_name(self, language: dict[str, torch.Tensor]) -> None:
+        with pytest.raises(MissingFacts, match="causal and gate_act") as caught:
+            convert_state_dict(language)
+        assert caught.value.names == ("causal", "gate_act")
+        with pytest.raises(MissingFacts) as caught:
+            convert_state_dict(language, facts={"causal": True})
+        assert caught.value.names == ("gate_act",)
+
+    def test_a_missing_fact_names_the_file(self) -> None:
+        path = GOLDEN / "lucidrains_masked_lm" / "checkpoint.pth"
+        with pytest.raises(MissingFacts, match="lucidrains_masked_lm") as caught:
+            allmlp.convert(path)
+        assert caught.value.names == ("causal", "gate_act")
+
+    def test_one_that_the_source_does_not_have_is_refused(self, language: dict[str, torch.Tensor]) -> None:
+        with pytest.raises(UserError, match=r"no shift_size; what can be given is causal, gate_act, shift_tokens"):
+            convert_state_dict(language, facts={**FACTS, "shift_size": 5})
+        with pytest.raises(UserError, match="no causal; nothing has to be given"):
+            allmlp.convert(GOLDEN / "jaketae_hidden_states" / "checkpoint.pth", causal=True)
+
+    @pytest.mark.parametrize(
+        ("fact", "value"), [("causal", "yes"), ("gate_act", "tnh"), ("shift_tokens", -1), ("shift_tokens", True)]
+    )
+    def test_a_value_that_makes_no_sense_is_refused(
+        self, language: dict[str, torch.Tensor], fact: str, value: object
+    ) -> None:
+        with pytest.raises(UserError, match=rf"{fact} is {value!r}; it should be"):
+            convert_state_dict(language, facts={**FACTS, fact: value})
+
+
+class TestRecognition:
+    def test_prefixes_of_wrapping_modules_are_taken_off(self, language: dict[str, torch.Tensor]) -> None:
+        wrapped = {f"module.net.{name}": tensor for name, tensor in language.items()}
+        assert convert_state_dict(wrapped, facts=FACTS).layout.source == "lucidrains"
+
+    def test_one_prefix_too_many_is_not_taken_off(self) -> None:
+        weights = torch.load(GOLDEN / "jaketae_image" / "checkpoint.pth")
+        assert "model.0.norm.weight" in weights
+        assert convert_state_dict({f"model.{name}": weights[name] for name in weights}).layout.source == "jaketae"
+
+    def test_a_source_that_is_named_is_checked(self, language: dict[str, torch.Tensor]) -> None:
+        assert convert_state_dict(language, "lucidrains", FACTS).layout.source == "lucidrains"
+        assert convert_checkpoint(GOLDEN / "as_mlp_shift5" / "checkpoint.pth", "as_mlp").layout.source == "as-mlp"
+        with pytest.raises(UserError, match="no checkpoint of timm: its weights have the names of lucidrains"):
+            convert_state_dict(language, "timm", FACTS)
+        with pytest.raises(UserError, match=r"no source 'lucidrain', only timm, .*Did you mean 'lucidrains'"):
+            convert_state_dict(language, "lucidrain", FACTS)
+
+    @pytest.mark.parametrize("weights", [{}, {"conv1.weight": torch.zeros(2, 2)}])
+    def test_other_weights_are_refused_with_what_is_known(self, weights: dict[str, torch.Tensor]) -> None:
+        with pytest.raises(UserError, match=", ".join(SOURCES)):
+            convert_state_dict(weights)
+
+    @pytest.mark.parametrize("name", CASES)
+    def test_one_layout_alone_claims_a_checkpoint(self, name: str) -> None:
+        contents = conversion.read_checkpoint(next((GOLDEN / name).glob("checkpoint.*")))
+        tensors = conversion.unwrap(contents).tensors
+        assert sum(layout.recognises(tensors) for layout in LAYOUTS) == 1
+
+
+class TestEveryTensorCounts:
+    def test_one_too_many_is_named(self, language: dict[str, torch.Tensor]) -> None:
+        with pytest.raises(UserError, match=r"1 not used by the architecture: layers\.1\.gamma"):
+            convert_state_dict({**language, "layers.1.gamma": torch.zeros(8)}, facts=FACTS)
+
+    def test_one_too_few_is_named(self, language: dict[str, torch.Tensor]) -> None:
+        del language["to_logits.1.bias"]
+        with pytest.raises(UserError, match=r"1 missing: lm_head\.bias"):
+            convert_state_dict(language, facts=FACTS)
+        del language["to_logits.0.bias"], language["to_logits.0.weight"]
+        with pytest.raises(UserError, match=r"1 missing: to_logits\.0"):
+            convert_state_dict(language, facts=FACTS)
+
+    def test_a_block_too_few_is_named(self, language: dict[str, torch.Tensor]) -> None:
+        weights = originals.timm_gmlp(depth=3).model.state_dict()
+        with pytest.raises(UserError, match=r"'blocks\.1' are missing"):
+            convert_state_dict({name: tensor for name, tensor in weights.items() if not name.startswith("blocks.1.")})
+
+    def test_a_shape_that_fits_nothing_is_named(self, language: dict[str, torch.Tensor]) -> None:
+        name = "layers.1.fn.fn.fn.proj_out.weight"
+        with pytest.raises(UserError, match=r"model\.layers\.1\.proj_out\.weight \[8, 15\] instead of \[8, 16\]"):
+            convert_state_dict({**language, name: language[name][:, :-1]}, facts=FACTS)
+
+    def test_a_transposed_weight_is_not_taken(self, language: dict[str, torch.Tensor]) -> None:
+        name = "layers.0.fn.fn.fn.proj_out.weight"
+        with pytest.raises(UserError, match=r"of another shape"):
+            convert_state_dict({**language, name: language[name].T}, facts=FACTS)
+
+
+class TestResult:
+    @pytest.mark.parametrize(
+        ("given", "result"),
+        [
+            (torch.float16, torch.float32),
+            (torch.bfloat16, torch.float32),
+            (torch.float32, torch.float32),
+            (torch.float64, torch.float64),
+        ],
+    )
+    def test_weights_keep_all_their_digits(self, given: torch.dtype, result: torch.dtype) -> None:
+        weights = {name: tensor.to(given) for name, tensor in originals.timm_gmlp().model.state_dict().items()}
+        model = convert_state_dict(weights).model
+        assert not model.training
+        assert {parameter.dtype for parameter in model.parameters()} == {result}
+        assert torch.equal(model.head.weight, weights["head.weight"].to(result))
+
+    def test_notes_are_said(self, caplog: pytest.LogCaptureFixture) -> None:
+        with caplog.at_level(logging.WARNING):
+            allmlp.convert(GOLDEN / "lucidrains_masked_lm" / "checkpoint.pth", causal=False, gate_act="none")
+        assert "shift_tokens is not stored; 0 is assumed." in caplog.text
+
+
+def loaded_again(case: Case, directory: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Outputs of a conversion and of the run directory it was written to."""
+    found = case.convert()
+    write_run_directory(found, directory)
+    before = parity.output_of(found.model, case.input)
+    if hasattr(found.model.config if hasattr(found.model, "config") else None, "is_decoder"):
+        return before, parity.output_of(AutoModelForCausalLM.from_pretrained(directory).eval(), case.input)
+    return before, parity.output_of(allmlp.load(directory), case.input)
+
+
+class TestRunDirectory:
+    @pytest.mark.parametrize("name", ["vip_small7", "as_mlp_shift5", "google_mixer", "lucidrains_causal_lm"])
+    def test_it_gives_the_model_back(self, name: str, tmp_path) -> None:
+        before, after = loaded_again(parity.golden(GOLDEN / name), str(tmp_path / "run"))
+        assert torch.equal(before, after)
+
+    def test_images_are_prepared_as_the_source_does(self, tmp_path) -> None:
+        write_run_directory(parity.golden(GOLDEN / "timm_gmlp").convert(), tmp_path / "run", classes=list("abcdefghi"))
+        model = allmlp.load(tmp_path / "run")
+        assert tuple(model.pretrained_cfg["mean"]) == (0.5, 0.5, 0.5)
+        assert tuple(model.pretrained_cfg["input_size"]) == (3, 32, 32)
+        assert model.pretrained_cfg["label_names"] == list("abcdefghi")
+
+    def test_a_run_is_not_overwritten_by_accident(self, tmp_path) -> None:
+        found = parity.golden(GOLDEN / "timm_gmlp").convert()
+        write_run_directory(found, tmp_path / "run")
+        with pytest.raises(UserError, match="holds a run already"):
+            write_run_directory(found, tmp_path / "run")
+        write_run_directory(found, tmp_path / "run", overwrite=True)
+
+    def test_names_have_to_fit(self, tmp_path) -> None:
+        with pytest.raises(UserError, match="9 classes, but there are 2 names"):
+            write_run_directory(parity.golden(GOLDEN / "timm_gmlp").convert(), tmp_path / "run", classes=["a", "b"])
+        language = parity.golden(GOLDEN / "lucidrains_causal_lm").convert()
+        with pytest.raises(UserError, match="no classes to be named"):
+            write_run_directory(language, tmp_path / "run", classes=["a"])
+        assert not (tmp_path / "run").exists()
+
+    def test_a_model_without_head_is_kept(self, tmp_path) -> None:
+        weights = {n: t for n, t in originals.timm_gmlp().model.state_dict().items() if not n.startswith("head.")}
+        found = convert_state_dict(weights)
+        write_run_directory(found, tmp_path / "run")
+        x = torch.randn(1, 3, 6, 6)
+        assert torch.equal(allmlp.load(tmp_path / "run")(x), found.model(x))
+        assert found.model(x).shape == (1, 8)
+
+    def test_timm_builds_it_from_the_configuration(self, tmp_path) -> None:
+        found = parity.golden(GOLDEN / "vip_small7").convert()
+        write_run_directory(found, tmp_path / "run")
+        config = json.loads((tmp_path / "run" / "config.json").read_text())
+        model = timm.create_model(config["architecture"], num_classes=config["num_classes"], **config["model_args"])
+        assert {n: t.shape for n, t in model.state_dict().items()} == {
+            n: t.shape for n, t in found.model.state_dict().items()
+        }
+
+
+def test_a_trainer_s_file_is_read_whole(tmp_path) -> None:
+    weights = originals.timm_resmlp().model.state_dict()
+    average = {f"module.{name}": tensor + 1 for name, tensor in weights.items()}
+    path = tmp_path / "checkpoint.pth.tar"
+    torch.save({"epoch": 3, "state_dict": weights, "state_dict_ema": average, "optimizer": {"state": {}}}, path)
+    found = convert_checkpoint(path)
+    assert torch.equal(found.model.head.weight, weights["head.weight"] + 1)
+    assert found.notes == (
+        "The averaged weights ('state_dict_ema') are taken, not 'state_dict'.",
+        "Left aside, since it is no weights: 'epoch', 'optimizer'.",
+    )
