@@ -1,41 +1,37 @@
 """What a model is given: token ids, masks in transformers' forms, and the order of tokens that makes padding harmless.
 
 The spatial weight has a row for each absolute position, so a batch is computed as if every row began at its first real
-token: `LeftAligned` moves the tokens of each row to the front and the results back to where they belong.
+token: its tokens are moved to the front, and the results back to where they belong.
 """
 
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from allmlp.errors import UserError
 
 
-class LeftAligned:
-    """The order that puts each row's real tokens in front of its padding.
+def left_alignment(
+    real: Bool[Tensor, "batch tokens"],
+) -> tuple[Int[Tensor, "batch tokens"], Int[Tensor, "batch tokens"]]:
+    """The order that puts each row's real tokens in front of its padding, and the order that undoes it."""
+    order = real.byte().argsort(dim=1, descending=True, stable=True)
+    return order, order.argsort(dim=1)
 
-    Args:
-        real: where the batch has tokens.
-    """
 
-    def __init__(self, real: Bool[Tensor, "batch tokens"]) -> None:
-        self.order = real.byte().argsort(dim=1, descending=True, stable=True)
-        self.inverse = self.order.argsort(dim=1)
-        self.real = real.gather(1, self.order)
+def reordered(
+    x: Float[Tensor, "batch tokens channels"], order: Int[Tensor, "batch tokens"]
+) -> Float[Tensor, "batch tokens channels"]:
+    """Each row's tokens in another order."""
+    return x.gather(1, order.unsqueeze(-1).expand_as(x))
 
-    def align(self, x: Tensor) -> Tensor:
-        """[batch, tokens, channels] with each row's tokens in front."""
-        return x.gather(1, self.order.unsqueeze(-1).expand_as(x))
 
-    def restore(self, x: Tensor) -> Tensor:
-        """[batch, tokens, channels] back in the order of the input."""
-        return x.gather(1, self.inverse.unsqueeze(-1).expand_as(x))
-
-    def align_mask(self, mask: Bool[Tensor, "*rows tokens tokens"]) -> Bool[Tensor, "batch tokens tokens"]:
-        """A visibility mask between the moved tokens."""
-        batch, tokens = self.order.shape
-        mask = mask.expand(batch, tokens, tokens)
-        mask = mask.gather(1, self.order.unsqueeze(-1).expand_as(mask))
-        return mask.gather(2, self.order.unsqueeze(1).expand_as(mask))
+def reordered_mask(
+    mask: Bool[Tensor, "*rows tokens tokens"], order: Int[Tensor, "batch tokens"]
+) -> Bool[Tensor, "batch tokens tokens"]:
+    """A visibility mask for tokens in another order."""
+    mask = mask.expand(*order.shape, order.shape[1])
+    mask = mask.gather(1, order.unsqueeze(-1).expand_as(mask))
+    return mask.gather(2, order.unsqueeze(1).expand_as(mask))
 
 
 def read_masks(

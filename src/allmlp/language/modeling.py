@@ -30,7 +30,7 @@ from allmlp.errors import UserError
 from allmlp.language.cache import GMLPCache
 from allmlp.language.configuration import GMLPConfig
 from allmlp.language.generation import GMLPGenerationMixin
-from allmlp.language.inputs import LeftAligned, check_token_ids, read_masks
+from allmlp.language.inputs import check_token_ids, left_alignment, read_masks, reordered, reordered_mask
 from allmlp.layers import SpatialGatingUnit
 from allmlp.layers.spatial_gating import Past
 from allmlp.ops import token_shift
@@ -72,8 +72,10 @@ class GMLPBlock(GradientCheckpointingLayer):
         x = self.norm(hidden_states)
         if self.shift:
             x = self._shifted(x, padding, past_key_values)
-        y = self.sgu(self.act(self.proj_in(x)), x, mask, padding, past_key_values)
-        return hidden_states + self.drop_path(self.dropout(self.proj_out(y)))
+        y = self.proj_out(self.sgu(self.act(self.proj_in(x)), x, mask, padding, past_key_values))
+        if self.training:
+            y = self.drop_path(self.dropout(y))
+        return hidden_states + y
 
     def _shifted(self, x: Tensor, padding: Tensor | None, past: Past | None) -> Tensor:
         if padding is not None:
@@ -164,11 +166,11 @@ class GMLPModel(GMLPPreTrainedModel):
         start = past.longest if past else 0
         self._check_length(start + tokens)
         real, mask = read_masks(attention_mask, visibility_mask, batch, tokens, start)
-        aligned = None
+        undo = None
         if real is not None:
-            aligned = LeftAligned(real)
-            hidden, real = aligned.align(hidden), aligned.real
-            mask = mask if mask is None else aligned.align_mask(mask)
+            order, undo = left_alignment(real)
+            hidden, real = reordered(hidden, order), real.gather(1, order)
+            mask = mask if mask is None else reordered_mask(mask, order)
         # Causality keeps tokens from reading the padding that now lies behind them.
         padding = None if self.config.is_decoder and mask is None else real
         if past is not None:
@@ -182,13 +184,13 @@ class GMLPModel(GMLPPreTrainedModel):
         states[-1] = hidden = self.norm(hidden)
         if past is not None:
             past.finish()
-        if aligned is not None:
-            hidden = aligned.restore(hidden)
+        if undo is not None:
+            hidden = reordered(hidden, undo)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if not output_hidden_states:
             return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=past)
-        states = [state if aligned is None else aligned.restore(state) for state in states]
+        states = [state if undo is None else reordered(state, undo) for state in states]
         return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=past, hidden_states=tuple(states))
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:

@@ -200,7 +200,8 @@ class SpatialGatingUnit(nn.Module):
             gate = toeplitz_product(self.weight, v, causal=self.causal)
             bias = self.bias.repeat_interleave(gate.shape[-1] // self.bias.shape[0])
             return apply_gate(u, gate.add_(bias), residual, self.gate_act)
-        return spatial_gating(u, v, self._matrix(tokens, mask), self.bias[:, :tokens], residual, self.gate_act)
+        bias = _leading(self.bias, tokens, 1) if not self.toeplitz else self.bias
+        return spatial_gating(u, v, self._matrix(tokens, mask), bias, residual, self.gate_act)
 
     def _matrix(self, tokens: int, mask: Tensor | None) -> Tensor:
         """`W` for a whole sequence: [heads, tokens, tokens], or [batch, heads, tokens, tokens] with a mask per row."""
@@ -208,7 +209,7 @@ class SpatialGatingUnit(nn.Module):
         if self.toeplitz:
             weight = toeplitz_matrix(self.weight, tokens, causal=causal)
         else:
-            weight = self.weight[:, :tokens, :tokens]
+            weight = _leading(self.weight, tokens, 1, 2)
             weight = weight.tril() if causal else weight
         return weight if mask is None else weight * mask.unsqueeze(-3)
 
@@ -248,3 +249,14 @@ class SpatialGatingUnit(nn.Module):
         kind = "toeplitz" if self.toeplitz else "dense"
         heads = self.weight.shape[0]
         return f"tokens={self.tokens}, heads={heads}, split={self.split}, causal={self.causal}, weight={kind}"
+
+
+def _leading(x: Tensor, tokens: int, *axes: int) -> Tensor:
+    """The first `tokens` of `x` along some axes."""
+    for axis in axes:
+        if torch.compiler.is_exporting():
+            # A view's memory layout would tie the exported graph to lengths below the trained one.
+            x = x.index_select(axis, torch.arange(tokens, device=x.device))
+        else:
+            x = x.narrow(axis, 0, tokens)
+    return x

@@ -38,6 +38,12 @@ def toeplitz_matrix(
 ) -> Float[Tensor, "heads tokens tokens"]:
     """The dense matrix `W[i, j] = w[i − j]`, zero where `i − j` is beyond the stored lags (causal: or negative)."""
     reach = (lags.shape[-1] + 1) // 2
+    if torch.compiler.is_exporting():
+        # Windows have a fixed length in an exported graph.
+        places = torch.arange(tokens, device=lags.device)
+        lag = places.unsqueeze(-1) - places
+        inside = (lag < reach) & (lag > (-1 if causal else -reach))
+        return lags[:, lag.clamp(1 - reach, reach - 1) + reach - 1] * inside
     if causal:
         lags = F.pad(lags[:, reach - 1 :], (reach - 1, 0))
     missing = tokens - reach

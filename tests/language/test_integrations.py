@@ -1,0 +1,186 @@
+"""gMLP language models where their users meet them: transformers, PEFT, compilers, 16-bit arithmetic."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
+
+from allmlp.language import GMLPForCausalLM, GMLPForMaskedLM, GMLPForSequenceClassification
+from tests.language.tiny import CONTEXT, OPTIONS, VOCABULARY, tiny_model, tokens
+from tests.tolerances import assert_close
+
+each_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+
+
+def letters() -> PreTrainedTokenizerFast:
+    vocabulary = {chr(ord("a") + i): i for i in range(26)} | {" ": 26, "?": 27, "[PAD]": 28, "[MASK]": 29}
+    backend = Tokenizer(WordLevel(vocabulary, unk_token="?"))
+    backend.pre_tokenizer = Split(Regex("."), "isolated")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="?", pad_token="[PAD]", mask_token="[MASK]", padding_side="left"
+    )
+
+
+def test_text_generation_pipeline(tmp_path) -> None:
+    tiny_model(GMLPForCausalLM, spatial_weight="toeplitz").save_pretrained(tmp_path)
+    letters().save_pretrained(tmp_path)
+    generate = pipeline("text-generation", model=str(tmp_path), device="cpu")
+    prompts = ["hello w", "abc"]
+    wanted = {"max_new_tokens": 20, "do_sample": False}
+    alone = [generate(prompt, **wanted)[0]["generated_text"] for prompt in prompts]
+    together = [answers[0]["generated_text"] for answers in generate(prompts, batch_size=2, **wanted)]
+    assert alone == together
+    assert all(text.startswith(prompt) and len(text) > len(prompt) for text, prompt in zip(alone, prompts, strict=True))
+
+
+def test_fill_mask_and_text_classification_pipelines(tmp_path) -> None:
+    tokenizer = letters()
+    answers = pipeline("fill-mask", model=tiny_model(GMLPForMaskedLM), tokenizer=tokenizer, device="cpu")("ab[MASK]d")
+    assert len(answers) == 5
+    model = tiny_model(GMLPForSequenceClassification, id2label={0: "no", 1: "yes"})
+    classify = pipeline("text-classification", model=model, tokenizer=tokenizer, device="cpu")
+    for answer, text in zip(classify(["abcdef", "xy"], batch_size=2), ("abcdef", "xy"), strict=True):
+        alone = classify(text)[0]
+        assert answer["label"] == alone["label"]
+        assert answer["score"] == pytest.approx(alone["score"], abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", [GMLPForCausalLM, GMLPForMaskedLM])
+def test_trainer_learns_and_its_checkpoint_loads(kind, tmp_path) -> None:
+    text = ["abcabcabcabc", "xyzxyzxyz"] * 8
+    tokenizer = letters()
+    rows = [tokenizer(line) for line in text]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=30, per_device_train_batch_size=8, learning_rate=0.03, report_to=[],
+        logging_steps=5, save_strategy="no", use_cpu=True, disable_tqdm=True, activation_checkpointing=True,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = kind(tiny_model(kind).config)
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm=kind is GMLPForMaskedLM, mlm_probability=0.3)
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows, data_collator=collator)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.6 * losses[0]
+    assert trainer.evaluate()["eval_loss"] < 0.6 * losses[0]
+    trainer.save_model()
+    loaded = kind.from_pretrained(tmp_path).eval()
+    ids = tokens(1, 5)
+    assert_close(loaded(ids).logits, model.eval()(ids).logits.double())
+
+
+# PEFT asks transformers for this under its former name.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_lora_on_the_projections(tmp_path) -> None:
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    ids = tokens(4, CONTEXT)
+    base = tiny_model(GMLPForCausalLM, tiny_attention_size=4)
+    before = base(ids).logits
+    settings = LoraConfig(r=2, target_modules=["proj_in", "proj_out"], task_type="CAUSAL_LM")
+    model = get_peft_model(base, settings)
+    assert_close(model(ids).logits, before.double())
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert len(trained) == 3 * 2 * 2
+    assert all("lora_" in name and ("proj_in" in name or "proj_out" in name) for name in trained)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+    model.eval()
+    assert model(ids, labels=ids).loss < base.loss_function(before, ids, VOCABULARY)
+    expected = model.generate(input_ids=ids[:, :4], max_new_tokens=5, do_sample=False)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny_model(GMLPForCausalLM, tiny_attention_size=4), tmp_path)
+    assert torch.equal(again.generate(input_ids=ids[:, :4], max_new_tokens=5, do_sample=False), expected)
+    merged = again.merge_and_unload()
+    assert_close(merged(ids).logits, model(ids).logits.double())
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("name", ["attention", "toeplitz"])
+def test_compiled_models_compute_the_same(name) -> None:
+    model = tiny_model(GMLPForCausalLM, **{**OPTIONS[name], "num_hidden_layers": 1})
+    ids, mask = tokens(2, CONTEXT), torch.tensor([[0, 0] + [1] * 10, [1] * 12])
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert_close(compiled(ids).logits, model(ids).logits.double())
+    assert_close(
+        compiled(ids, attention_mask=mask).logits[mask.bool()],
+        model(ids, attention_mask=mask).logits[mask.bool()].double(),
+    )
+    compiled(ids, labels=ids).loss.backward()
+    grads = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    model(ids, labels=ids).loss.backward()
+    for grad, parameter in zip(grads, model.parameters(), strict=True):
+        assert_close(grad, parameter.grad.double())
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("kind", [GMLPForCausalLM, GMLPForMaskedLM])
+@pytest.mark.parametrize("name", ["heads", "toeplitz-heads-attention", "token-shift", "sinusoidal"])
+def test_exported_models_take_any_batch_and_length(name, kind) -> None:
+    model = tiny_model(kind, **{**OPTIONS[name], "num_hidden_layers": 1})
+    batch, length = torch.export.Dim("batch", max=64), torch.export.Dim("length", min=2, max=CONTEXT)
+    shapes = {"input_ids": {0: batch, 1: length}, "attention_mask": {0: batch, 1: length}}
+    inputs = {"input_ids": tokens(3, 7), "attention_mask": torch.ones(3, 7, dtype=torch.long)}
+    exported = torch.export.export(model, (), inputs, dynamic_shapes=shapes).module()
+    for size in ((2, CONTEXT), (5, 4)):
+        ids, mask = tokens(*size), torch.ones(size, dtype=torch.long)
+        mask[0, :2] = 0
+        expected = model(ids, attention_mask=mask).logits
+        assert_close(exported(input_ids=ids, attention_mask=mask).logits[mask.bool()], expected[mask.bool()].double())
+
+
+@each_option
+def test_bfloat16_weights_and_autocast_stay_close(options) -> None:
+    model = tiny_model(GMLPForCausalLM, **options)
+    ids = tokens(2, CONTEXT)
+    exact = model.double()(ids).logits.log_softmax(-1)
+    model.float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = model(ids, labels=ids)
+    mixed.loss.backward()
+    assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters())
+    half = model.bfloat16()(ids).logits
+    assert half.dtype == torch.bfloat16
+    for logits in (mixed.logits, half):
+        divergence = F.kl_div(logits.double().log_softmax(-1), exact, reduction="batchmean", log_target=True) / CONTEXT
+        assert divergence < 0.05
+    cached = model.generate(ids[:, :4], max_new_tokens=8, do_sample=False)
+    assert cached.shape == (2, CONTEXT)
+
+
+def test_the_spatial_product_accumulates_in_float32() -> None:
+    # In bfloat16 a running sum of ones stops at 256.
+    n = 1000
+    model = tiny_model(GMLPForCausalLM, max_position_embeddings=n).bfloat16()
+    sgu = model.model.layers[0].sgu
+    torch.nn.init.ones_(sgu.weight)
+    torch.nn.init.zeros_(sgu.bias)
+    torch.nn.init.zeros_(sgu.norm.weight)
+    torch.nn.init.ones_(sgu.norm.bias)
+    out = sgu(torch.ones(1, n, 24, dtype=torch.bfloat16))
+    assert_close(out[0, :, 0], torch.arange(1, n + 1).double())
+
+
+def test_auto_classes_take_a_dtype_and_an_attention_implementation(tmp_path) -> None:
+    tiny_model(GMLPForCausalLM).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, attn_implementation="sdpa")
+    assert model.dtype == torch.bfloat16
+    letters().save_pretrained(tmp_path)
+    assert len(AutoTokenizer.from_pretrained(tmp_path)) == 30
