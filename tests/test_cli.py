@@ -176,3 +176,56 @@ def test_whoever_stops_reading_gets_no_traceback() -> None:
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 0
+
+
+GOLDEN = ROOT / "tests" / "golden"
+
+
+class TestConvert:
+    def test_an_image_model_becomes_a_run(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        checkpoint, run = str(GOLDEN / "deit_resmlp" / "checkpoint.pth"), str(tmp_path / "run")
+        names = tmp_path / "names.txt"
+        names.write_text("blue\ngreen\nred\n")
+        assert main(["convert", checkpoint, "--output", run, "--classes", str(names)]) == 0
+        answer = capsys.readouterr().out
+        assert "deit: ResMLP" in answer
+        assert f"run directory  {run}" in answer
+        pictures = write_classes(tmp_path / "pictures", each=2)
+        assert main(["evaluate", run, str(pictures), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["images"] == 6
+        assert main(["predict", run, str(pictures), "--json"]) == 0
+        labels = {each["label"] for entry in json.loads(capsys.readouterr().out) for each in entry["predictions"]}
+        assert labels == {"blue", "green", "red"}
+        assert main(["train", str(pictures), "--from", run, "--output", str(tmp_path / "more"), "--epochs", "1"]) == 0
+        assert main(["convert", checkpoint, "--output", run]) == 1
+        assert "holds a run already" in capsys.readouterr().err
+
+    def test_a_missing_fact_is_asked_for_and_taken(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        command = [
+            "convert",
+            str(GOLDEN / "lucidrains_causal_lm" / "checkpoint.pth"),
+            "--output",
+            str(tmp_path / "run"),
+        ]
+        assert main(command) == 1
+        assert "does not store causal and gate_act" in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
+        assert main([*command, "--set", "causal=true", "gate_act=none", "--set", "shift_tokens=0", "--json"]) == 0
+        answer = json.loads(capsys.readouterr().out)
+        assert answer["model"] == "GMLPForCausalLM"
+        assert answer["parameters"] == 34274
+        assert answer["notes"] == []
+
+    def test_a_source_is_checked(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        checkpoint = str(GOLDEN / "vip_small7" / "checkpoint.pth")
+        command = ["convert", checkpoint, "--output", str(tmp_path / "run"), "--set", "img_size=56", "--source"]
+        assert main([*command, "timm"]) == 1
+        assert "no checkpoint of timm" in capsys.readouterr().err
+        assert main([*command, "vip"]) == 0
+
+    @pytest.mark.parametrize("fact", ["causal", "=true", "a=[1"])
+    def test_a_fact_needs_a_name_and_a_value(self, fact: str, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit) as left:
+            main(["convert", "x.pth", "--output", "y", "--set", fact])
+        assert left.value.code == 2
+        assert f"'{fact}'" in capsys.readouterr().err

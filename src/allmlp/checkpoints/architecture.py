@@ -12,6 +12,8 @@ from torch import nn
 from allmlp.checkpoints import run_directory
 from allmlp.vision.base import VisionMLP
 
+# The fields of timm's `pretrained_cfg` that say how images are prepared.
+PREPARATION = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
 # Arguments that no weight's shape or place depends on, and those every variant is asked for.
 _UNRELATED = {"drop_rate", "proj_drop_rate", "drop_path_rate", "init_scale", "global_pool"}
 _SIZES = {"num_classes", "img_size", "in_chans"}
@@ -110,7 +112,7 @@ def vision_architecture(
         own = _plain({"img_size": cfg.input_size[1:], "in_chans": cfg.input_size[0]})
         model_args = {argument: size for argument, size in sizes.items() if size != own[argument]}
     else:
-        model_args = {**wanted, **sizes, "drop_path_rate": 0.0}
+        model_args = {**wanted, **sizes}
     return VisionArchitecture(name=name, num_classes=num_classes, model_args=model_args, preparation=preparation)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from allmlp.checkpoints.architecture import Architecture, pair
+from allmlp.checkpoints.architecture import Architecture
 from allmlp.errors import UserError
 
 Tensors = dict[str, Tensor]
@@ -167,10 +167,10 @@ def parse_size(value: Any) -> tuple[int, int]:
     """A size in pixels: one number, or height and width, which may be written 192x256."""
     if isinstance(value, str):
         value = [int(part) if part.isdecimal() else 0 for part in value.split("x")]
-    numbers = [value] if isinstance(value, int) else list(value) if isinstance(value, (list, tuple)) else []
-    if len(numbers) not in (1, 2) or not all(isinstance(item, int) and item > 0 for item in numbers):
+    numbers = value if isinstance(value, (list, tuple)) else [value]
+    if len(numbers) not in (1, 2) or any(type(number) is not int or number < 1 for number in numbers):
         raise ValueError("one positive number of pixels, or [height, width]")
-    return pair(numbers if len(numbers) == 2 else numbers[0])
+    return numbers[0], numbers[-1]
 
 
 def parse_count(value: Any) -> int:

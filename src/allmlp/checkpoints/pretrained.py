@@ -9,7 +9,7 @@ import timm
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
 from allmlp.checkpoints import run_directory
-from allmlp.checkpoints.architecture import Architecture, LanguageArchitecture, VisionArchitecture
+from allmlp.checkpoints.architecture import PREPARATION, Architecture, LanguageArchitecture, VisionArchitecture
 from allmlp.checkpoints.conversion import Conversion, convert_checkpoint, convert_state_dict
 from allmlp.errors import UserError
 
@@ -81,7 +81,7 @@ def from_timm(name: str, **arguments: Any) -> Conversion:
         raise UserError(f"timm cannot give {name} with its weights: {error}") from error
     cfg = original.pretrained_cfg
     conversion = convert_state_dict(original.state_dict(), "timm", {"img_size": list(cfg["input_size"][1:])})
-    preparation = {key: cfg[key] for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode")}
+    preparation = {name: cfg[name] for name in PREPARATION}
     conversion.model.pretrained_cfg.update(preparation)
     assert isinstance(conversion.architecture, VisionArchitecture)
     architecture = dataclasses.replace(conversion.architecture, preparation=preparation)

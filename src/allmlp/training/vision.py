@@ -17,6 +17,8 @@ from transformers import set_seed
 
 import allmlp.vision  # noqa: F401 registers the architectures with timm
 from allmlp.checkpoints import run_directory
+from allmlp.checkpoints.architecture import PREPARATION, VisionArchitecture
+from allmlp.checkpoints.pretrained import Pretrained, find_pretrained
 from allmlp.checkpoints.run_directory import TimmModel
 from allmlp.data.image_batches import ImageBatches, as_is, training_transform
 from allmlp.data.images import ImageData, load_images
@@ -72,7 +74,8 @@ def train(recipe: VisionRecipe, output: str | Path, *, resume: bool = False, ove
     if recipe.data is None:
         raise UserError("Nothing to train on: name the data.")
     set_seed(recipe.seed)
-    architecture, model_args, channels = planned_model(recipe)
+    start = find_pretrained(recipe.start_from) if recipe.start_from else None
+    architecture, model_args, channels = planned_model(recipe, start)
     data = load_images(
         recipe.data,
         holdout=recipe.holdout,
@@ -82,7 +85,7 @@ def train(recipe: VisionRecipe, output: str | Path, *, resume: bool = False, ove
         image_column=recipe.image_column,
         label_column=recipe.label_column,
     )
-    model = build_model(recipe, architecture, model_args, data.classes)
+    model = build_model(recipe, architecture, model_args, data.classes, start)
     resume_from = prepare_output(output, recipe, resume=resume, overwrite=overwrite)
     cfg = model.pretrained_cfg
     training = training_batches(recipe, data, cfg)
@@ -133,31 +136,35 @@ def summary(metrics: dict[str, Any], output: Path) -> str:
     )
 
 
-def planned_model(recipe: VisionRecipe) -> tuple[str, dict[str, Any], int]:
+def planned_model(recipe: VisionRecipe, start: Pretrained | None = None) -> tuple[str, dict[str, Any], int]:
     """The architecture, its arguments and its image channels.
 
-    Arguments are those of the run to start from, where there is one and the architecture is the same, under those of
+    Arguments are those of the model to start from, where there is one and the architecture is the same, under those of
     the recipe.
 
     Raises:
         UserError: There is no such model, or none is named.
     """
-    config = run_directory.read_config(recipe.start_from) if recipe.start_from else {}
-    if config and config["model_type"] != run_directory.VISION:
-        raise UserError(f"{recipe.start_from} holds a model of type '{config['model_type']}', not an image classifier.")
-    architecture = recipe.model or config.get("architecture")
+    found = start.architecture if start else None
+    if found and not isinstance(found, VisionArchitecture):
+        raise UserError(f"{recipe.start_from} holds a {found.name}, not an image classifier.")
+    architecture = recipe.model or (found.name if found else None)
     if architecture is None:
         raise UserError("Nothing to train: name a model, or a run directory to start from.")
     arguments = dict(recipe.model_args)
     if recipe.img_size is not None:
         arguments["img_size"] = recipe.img_size
-    if architecture == config.get("architecture"):
-        arguments = {**(config.get("model_args") or {}), **arguments}
+    if found and architecture == found.name:
+        arguments = {**found.model_args, **arguments}
     return architecture, arguments, int(arguments.get("in_chans", 3))
 
 
 def build_model(
-    recipe: VisionRecipe, architecture: str, model_args: dict[str, Any], classes: Sequence[str]
+    recipe: VisionRecipe,
+    architecture: str,
+    model_args: dict[str, Any],
+    classes: Sequence[str],
+    start: Pretrained | None = None,
 ) -> TimmModel:
     """The model to train, its `pretrained_cfg` telling how images are prepared for it.
 
@@ -167,6 +174,9 @@ def build_model(
     training_only = {"drop_rate": recipe.drop, "drop_path_rate": recipe.drop_path}
     model = run_directory.create_model(architecture, num_classes=len(classes), **model_args, **training_only)
     cfg: dict[str, Any] = {**model.pretrained_cfg, "num_classes": len(classes), "label_names": list(classes)}
+    if start:
+        # images go on being prepared as the weights know them
+        cfg |= {name: value for name, value in start.model.pretrained_cfg.items() if name in PREPARATION}
     channels = int(model_args.get("in_chans", 3))
     size = model_args.get("img_size", cfg["input_size"][-2:])
     cfg["input_size"] = (channels, *(size if isinstance(size, (tuple, list)) else (size, size)))
@@ -175,18 +185,17 @@ def build_model(
     if recipe.crop_pct is not None:
         cfg["crop_pct"] = recipe.crop_pct
     model.pretrained_cfg = cfg
-    if recipe.start_from:
-        start_from(model, recipe.start_from)
+    if start:
+        start_from(model, start.model, str(recipe.start_from))
     return model
 
 
-def start_from(model: TimmModel, source: str) -> None:
+def start_from(model: TimmModel, weights: TimmModel, source: str) -> None:
     """Loads the weights to fine-tune; a classifier for other classes is left out, and that is said.
 
     Raises:
         UserError: The weights do not match the model otherwise.
     """
-    weights = run_directory.load(source)
     state = weights.state_dict()
     fresh = model.state_dict()
     head = [name for name in fresh if name.startswith(f"{model.pretrained_cfg['classifier']}.")]
