@@ -100,7 +100,7 @@ def _blocks(tensors: Tensors) -> tuple[_Blocks, Tensors]:
         for unit in units:
             _multiply_out(tensors, unit)
         notes.append(
-            "The Toeplitz weights are multiplied out with their position factors, which is exact in float64: the model "
+            "The Toeplitz weights are multiplied out with their position factors, in float64 to lose nothing: the model "
             "is in float64."
         )
     bias = tensors[f"{paths[0]}.{ours['sgu']}.bias"]
@@ -134,7 +134,7 @@ def _multiply_out(tensors: Tensors, unit: str) -> None:
     """Puts a dense weight in place of the factors that `circulant_matrix=True` multiplies in each forward pass.
 
     `W[i, j] = w[n − 1 − i + j] · pos_x[i] · pos_y[j]` for `j ≤ i`, else 0: lower triangular and, but for the positions,
-    Toeplitz, not circulant. Products of three float32 numbers round by 1e-16 in float64.
+    Toeplitz, not circulant. In float64, as the original does when it is in float64.
     """
     weight = tensors[f"{unit}.weight"]
     tokens = weight.shape[-1]

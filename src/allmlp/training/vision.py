@@ -145,9 +145,11 @@ def planned_model(recipe: VisionRecipe, start: Pretrained | None = None) -> tupl
     Raises:
         UserError: There is no such model, or none is named.
     """
-    found = start.architecture if start else None
-    if found and not isinstance(found, VisionArchitecture):
-        raise UserError(f"{recipe.start_from} holds a {found.name}, not an image classifier.")
+    found = None
+    if start:
+        found = start.architecture
+        if not isinstance(found, VisionArchitecture):
+            raise UserError(f"{recipe.start_from} holds a {found.name}, not an image classifier.")
     architecture = recipe.model or (found.name if found else None)
     if architecture is None:
         raise UserError("Nothing to train: name a model, or a run directory to start from.")
