@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from timm.layers import PatchEmbed
@@ -42,7 +43,7 @@ class PatchEmbedding(PatchEmbed):
             in_chans,
             channels,
             output_fmt="NHWC",
-            dynamic_img_pad=not fixed_size,
+            strict_img_size=False,
         )
         if norm_layer is not None:
             self.norm = norm_layer(channels)
@@ -53,7 +54,9 @@ class PatchEmbedding(PatchEmbed):
                 f"the image is {_size(tuple(x.shape[-2:]))} pixels, this model was built for {_size(self.img_size)}; "
                 "build it with img_size=(height, width)"
             )
-        return super().forward(x).contiguous()
+        if self.img_size is None:
+            x = _pad_to_patches(x, self.patch_size)
+        return self.norm(self.proj(x).permute(0, 2, 3, 1).contiguous())
 
 
 class PatchMerging(nn.Module):
@@ -76,9 +79,9 @@ class PatchMerging(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch height width channels"]
     ) -> Float[Tensor, "batch half_height half_width out_channels"]:
-        x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
+        x = _pad_to_patches(x.permute(0, 3, 1, 2), (2, 2)).permute(0, 2, 3, 1)
         # B batch, H and W halved sizes, y and x position inside the neighbourhood
-        x_BHyWxC = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
+        x_BHyWxC = x.unflatten(2, (x.shape[2] // 2, 2)).unflatten(1, (x.shape[1] // 2, 2))
         return self.reduction(self.norm(x_BHyWxC.permute(0, 1, 3, 4, 2, 5).flatten(3)))
 
 
@@ -99,8 +102,22 @@ class PatchDownsampling(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch height width channels"]
     ) -> Float[Tensor, "batch half_height half_width out_channels"]:
-        x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
-        return self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
+        x = _pad_to_patches(x.permute(0, 3, 1, 2), (2, 2))
+        return self.proj(x).permute(0, 2, 3, 1).contiguous()
+
+
+def _pad_to_patches(
+    x: Float[Tensor, "batch channels height width"], patch_size: tuple[int, int]
+) -> Float[Tensor, "batch channels padded_height padded_width"]:
+    """Zeros below and on the right, up to whole patches."""
+    height, width = x.shape[2:]
+    # Written for exporters with free sizes: without a guess whether it pads, nor a negative division, where ONNX rounds
+    # up and Python down.
+    below = (height + patch_size[0] - 1) // patch_size[0] * patch_size[0] - height
+    right = (width + patch_size[1] - 1) // patch_size[1] * patch_size[1] - width
+    if torch.compiler.is_exporting() or below or right:
+        return F.pad(x, (0, right, 0, below))
+    return x
 
 
 def check_patches_tile(img_size: tuple[int, int], patch_size: tuple[int, int]) -> None:
