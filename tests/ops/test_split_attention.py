@@ -2,7 +2,12 @@ import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
-from allmlp.ops import split_attention, split_attention_reference
+from allmlp.ops import (
+    mean_over_positions,
+    mean_over_positions_reference,
+    split_attention,
+    split_attention_reference,
+)
 from tests.tolerances import assert_close
 
 
@@ -47,3 +52,16 @@ def test_first_and_second_derivatives() -> None:
     arguments.append(torch.randn(1, 3, 3, dtype=torch.float64, requires_grad=True))
     assert gradcheck(lambda *a: split_attention(a[:3], a[3]), arguments)
     assert gradgradcheck(lambda *a: split_attention(a[:3], a[3]), arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 5, 7, 11)], ids=str)
+def test_mean_over_positions(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = torch.randn(shape).to(dtype).requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    out, expected = mean_over_positions(x), mean_over_positions_reference(exact)
+    assert_close(out, expected)
+    upstream = torch.randn(out.shape).to(dtype)
+    (grad,) = torch.autograd.grad(out, x, upstream)
+    (expected_grad,) = torch.autograd.grad(expected, exact, upstream.double())
+    assert_close(grad, expected_grad)

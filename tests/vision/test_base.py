@@ -365,3 +365,24 @@ def test_sample_gradients_through_function_transforms(name, images) -> None:
     model(images).square().sum().backward()
     for key, parameter in model.named_parameters():
         torch.testing.assert_close(per_sample[key].sum(0), parameter.grad, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("watch", [False, True], ids=["unwatched", "watched"])
+def test_large_batches_run_in_slices(name, watch, monkeypatch) -> None:
+    model = timm.create_model(name).eval()
+    images = torch.randn(5, *model.pretrained_cfg["input_size"])
+    sizes: list[int] = []
+    with torch.no_grad():
+        expected = model(images)
+        # Two samples of the first map at once; later maps are smaller, and more of them fit.
+        sample = 4 * model.stem(images)[0].numel() * images.element_size()
+        monkeypatch.setattr("allmlp.vision.base._LARGEST_BYTES", 2 * sample)
+        monkeypatch.setattr("allmlp.vision.base._SLICE_BYTES", 2 * sample)
+        run_block = type(model.blocks[0]).forward
+        monkeypatch.setattr(
+            type(model.blocks[0]), "forward", lambda self, x: sizes.append(x.shape[0]) or run_block(self, x)
+        )
+        if watch:
+            model.blocks[0].register_forward_hook(lambda *_: None)
+        torch.testing.assert_close(model(images), expected)
+    assert sizes[:3] == ([5] * 3 if watch else [2, 2, 1])

@@ -1,9 +1,12 @@
 """AS-MLP's token mixer (arXiv 2107.08391, figure 2)."""
 
+from functools import partial
+
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from allmlp.layers.sample_norm import SampleNorm
+from allmlp.layers.recomputing import is_watched, linear_after
+from allmlp.layers.sample_norm import SampleNorm, sample_norm
 from allmlp.ops import axial_shift
 from allmlp.ops.axial_shift import check_shift_size
 
@@ -39,9 +42,16 @@ class AxialShift(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch height width channels"]) -> Float[Tensor, "batch height width channels"]:
         x = self.act(self.norm1(self.conv1(x)))
-        along_width = self.act(self.conv2_1(axial_shift(x, self.shift_size, "width")))
-        along_height = self.act(self.conv2_2(axial_shift(x, self.shift_size, "height")))
-        return self.drop(self.conv3(self.norm2(along_width + along_height)))
+        along_width = linear_after(self.conv2_1, partial(axial_shift, shift_size=self.shift_size, axis="width"), x)
+        along_height = linear_after(self.conv2_2, partial(axial_shift, shift_size=self.shift_size, axis="height"), x)
+        if type(self.norm2) is not SampleNorm or is_watched(self.norm2):
+            return self.drop(self.conv3(self.norm2(self.act(along_width) + self.act(along_height))))
+
+        def merged(width: Tensor, height: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            return sample_norm(self.act(width) + self.act(height), weight, bias, self.norm2.eps)
+
+        y = linear_after(self.conv3, merged, along_width, along_height, self.norm2.weight, self.norm2.bias)
+        return self.drop(y)
 
     def extra_repr(self) -> str:
         return f"shift_size={self.shift_size}"

@@ -3,6 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from allmlp.layers.recomputing import linear_after
 from allmlp.layers.split_attention import SplitAttention
 
 
@@ -41,12 +42,20 @@ class PermuteMLP(nn.Module):
         if x.shape[1:3] != self.grid_size:
             raise ValueError(f"the input's map is {tuple(x.shape[1:3])}, this layer was built for {self.grid_size}")
         # B batch, H height, W width, N segments, S channels of a segment
-        x_BHWNS = x.unflatten(-1, (self.segments, -1))
-        x_BWNHS = x_BHWNS.permute(0, 2, 3, 1, 4)
-        h_BWNHS = self.mlp_h(x_BWNHS.flatten(3)).unflatten(-1, x_BWNHS.shape[3:])
-        x_BHNWS = x_BHWNS.permute(0, 1, 3, 2, 4)
-        w_BHNWS = self.mlp_w(x_BHNWS.flatten(3)).unflatten(-1, x_BHNWS.shape[3:])
-        return h_BWNHS.permute(0, 3, 1, 2, 4).flatten(3), w_BHNWS.permute(0, 1, 3, 2, 4).flatten(3), self.mlp_c(x)
+        H, W = self.grid_size
+        h_BWNC = linear_after(self.mlp_h, self._columns, x)
+        w_BHNC = linear_after(self.mlp_w, self._rows, x)
+        h_BHWNS = h_BWNC.unflatten(-1, (H, -1)).permute(0, 3, 1, 2, 4)
+        w_BHWNS = w_BHNC.unflatten(-1, (W, -1)).permute(0, 1, 3, 2, 4)
+        return h_BHWNS.flatten(3), w_BHWNS.flatten(3), self.mlp_c(x)
+
+    def _columns(self, x: Tensor) -> Tensor:
+        """For every column and segment, its numbers at all heights in one row."""
+        return x.unflatten(-1, (self.segments, -1)).permute(0, 2, 3, 1, 4).flatten(3)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """For every row of the map and segment, its numbers at all widths in one row."""
+        return x.unflatten(-1, (self.segments, -1)).permute(0, 1, 3, 2, 4).flatten(3)
 
     def forward(self, x: Float[Tensor, "batch height width channels"]) -> Float[Tensor, "batch height width channels"]:
         h, w, c = self.mix(x)

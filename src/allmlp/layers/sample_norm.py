@@ -19,5 +19,15 @@ class SampleNorm(nn.GroupNorm):
         super().__init__(1, channels, eps=eps)
 
     def forward(self, x: Float[Tensor, "batch height width channels"]) -> Float[Tensor, "batch height width channels"]:
-        # The permuted view has torch's channels-last memory format, which group_norm keeps: nothing is copied.
-        return F.group_norm(x.permute(0, 3, 1, 2), 1, self.weight, self.bias, self.eps).permute(0, 2, 3, 1)
+        return sample_norm(x, self.weight, self.bias, self.eps)
+
+
+def sample_norm(
+    x: Float[Tensor, "batch height width channels"],
+    weight: Float[Tensor, " channels"],
+    bias: Float[Tensor, " channels"],
+    eps: float,
+) -> Float[Tensor, "batch height width channels"]:
+    """`SampleNorm` as a function."""
+    # The permuted view has torch's channels-last memory format, which group_norm keeps: nothing is copied.
+    return F.group_norm(x.permute(0, 3, 1, 2), 1, weight, bias, eps).permute(0, 2, 3, 1)

@@ -8,7 +8,16 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from allmlp.ops import apply_gate, spatial_gating, toeplitz_matrix, toeplitz_product
+from allmlp.layers.recomputing import is_watched
+from allmlp.ops import (
+    apply_gate,
+    recomputing,
+    recomputing_linear,
+    spatial_gating,
+    toeplitz_matrix,
+    toeplitz_product,
+)
+from allmlp.ops.recomputing import worth_recomputing
 
 
 class Past(Protocol):
@@ -165,8 +174,9 @@ class SpatialGatingUnit(nn.Module):
         mask: Bool[Tensor, "*rows tokens tokens"] | None = None,
         padding: Bool[Tensor, "batch tokens"] | None = None,
         past: Past | None = None,
+        act: Callable[[Tensor], Tensor] | None = None,
     ) -> Float[Tensor, "batch tokens gate_channels"]:
-        """Gate `x`.
+        """Gate `x`, or `act(x)`.
 
         Args:
             x: the block's activated expansion; with `past` that of the new tokens.
@@ -175,6 +185,7 @@ class SpatialGatingUnit(nn.Module):
                 causality, so that a causal unit is exactly as causal as the mask.
             padding: false where there is no token: such places are read by nobody.
             past: the earlier tokens of sequences that are continued; for causal units.
+            act: an activation, element by element, that `x` is still to be given; backward then keeps `x` alone.
 
         Raises:
             ValueError: if the input is longer than the unit, or the tiny attention lacks its input.
@@ -182,6 +193,11 @@ class SpatialGatingUnit(nn.Module):
         tokens = x.shape[1]
         if not self.toeplitz and tokens > self.tokens:
             raise ValueError(f"the input has {tokens} tokens, the spatial gating unit takes at most {self.tokens}")
+        if act is not None:
+            whole = tokens == self.tokens and mask is None and padding is None and past is None
+            if whole and self._is_plain() and worth_recomputing(x):
+                return self._recomputing(x, act)
+            x = act(x)
         u, v = x.chunk(2, dim=-1) if self.split else (x, x)
         v = self.norm(v)
         if padding is not None:
@@ -202,6 +218,23 @@ class SpatialGatingUnit(nn.Module):
             return apply_gate(u, gate.add_(bias), residual, self.gate_act)
         bias = _leading(self.bias, tokens, 1) if not self.toeplitz else self.bias
         return spatial_gating(u, v, self._matrix(tokens, mask), bias, residual, self.gate_act)
+
+    def _is_plain(self) -> bool:
+        """Whether the gate is one dense product of the norm and nothing else."""
+        dense = not (self.toeplitz or self.causal) and self.weight.shape[0] == 1
+        plain_norm = type(self.norm) is nn.LayerNorm and not is_watched(self.norm)
+        return dense and plain_norm and self.attention is None and self.gate_act is None
+
+    def _recomputing(self, x: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
+        """`forward` of `act(x)` for a plain unit: between the products nothing but `x` and the gate is kept."""
+        norm = self.norm
+
+        def normalised(v: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            return F.layer_norm(act(v), norm.normalized_shape, weight, bias, norm.eps)
+
+        u, v = x.chunk(2, dim=-1) if self.split else (x, x)
+        gate = recomputing_linear("tokens", normalised, (v, norm.weight, norm.bias), self.weight[0], self.bias[0])
+        return recomputing(lambda u, gate: act(u) * gate, u, gate)
 
     def _matrix(self, tokens: int, mask: Tensor | None) -> Tensor:
         """`W` for a whole sequence: [heads, tokens, tokens], or [batch, heads, tokens, tokens] with a mask per row."""

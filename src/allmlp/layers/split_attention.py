@@ -6,7 +6,7 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from allmlp.ops import split_attention
+from allmlp.ops import mean_over_positions, split_attention
 
 
 class SplitAttention(nn.Module):
@@ -41,18 +41,22 @@ class SplitAttention(nn.Module):
         self.act = nn.GELU()
         self.fc2 = nn.Linear(channels // 4, branches * channels, bias=bias)
 
+    def logits(
+        self, branches: Sequence[Float[Tensor, "batch height width channels"]]
+    ) -> Float[Tensor, "batch branches channels"]:
+        """What the softmax across branches is taken of."""
+        pooled = mean_over_positions(branches[0])
+        for branch in branches[1:]:
+            pooled = pooled + mean_over_positions(branch)
+        logits = self.fc2(self.act(self.fc1(pooled)))
+        if self.layout == "channel_major":
+            return logits.unflatten(1, (-1, self.branches)).transpose(1, 2)
+        return logits.unflatten(1, (self.branches, -1))
+
     def forward(
         self, branches: Sequence[Float[Tensor, "batch height width channels"]]
     ) -> Float[Tensor, "batch height width channels"]:
-        pooled = branches[0].mean((1, 2))
-        for branch in branches[1:]:
-            pooled = pooled + branch.mean((1, 2))
-        logits = self.fc2(self.act(self.fc1(pooled)))
-        if self.layout == "channel_major":
-            logits = logits.unflatten(1, (-1, self.branches)).transpose(1, 2)
-        else:
-            logits = logits.unflatten(1, (self.branches, -1))
-        return split_attention(branches, logits)
+        return split_attention(branches, self.logits(branches))
 
     def extra_repr(self) -> str:
         return f"branches={self.branches}, layout={self.layout!r}"

@@ -1,16 +1,28 @@
 """Functions on tensors: each operator's plain reference and, beside it, the form the layers use."""
 
 from allmlp.ops.axial_shift import axial_shift, axial_shift_reference
+from allmlp.ops.recomputing import recomputing, recomputing_linear, recomputing_linear_reference
 from allmlp.ops.spatial_gating import apply_gate, spatial_gating, spatial_gating_reference
 from allmlp.ops.spatial_shift import spatial_shift, spatial_shift_reference
-from allmlp.ops.split_attention import split_attention, split_attention_reference
+from allmlp.ops.split_attention import (
+    mean_over_positions,
+    mean_over_positions_reference,
+    split_attention,
+    split_attention_reference,
+)
 from allmlp.ops.toeplitz import toeplitz_matrix, toeplitz_product, toeplitz_product_reference
+from allmlp.ops.token_linear import token_linear, token_linear_reference
 from allmlp.ops.token_shift import token_shift
 
 __all__ = [
     "apply_gate",
     "axial_shift",
     "axial_shift_reference",
+    "mean_over_positions",
+    "mean_over_positions_reference",
+    "recomputing",
+    "recomputing_linear",
+    "recomputing_linear_reference",
     "spatial_gating",
     "spatial_gating_reference",
     "spatial_shift",
@@ -20,5 +32,7 @@ __all__ = [
     "toeplitz_matrix",
     "toeplitz_product",
     "toeplitz_product_reference",
+    "token_linear",
+    "token_linear_reference",
     "token_shift",
 ]

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from allmlp.ops.token_linear import token_linear
+
 
 def spatial_gating_reference(
     u: Float[Tensor, "batch written channels"],
@@ -57,7 +59,9 @@ def spatial_gating(
         The gated tensor, shaped like `u`. Products accumulate in float32 for 16-bit inputs.
     """
     heads = weight.shape[-3]
-    if heads == 1:
+    if heads == 1 and weight.dim() == 3 and bias.dim() == 2:
+        gate = token_linear(v, weight.squeeze(0), bias.squeeze(0))
+    elif heads == 1:
         gate = torch.matmul(weight.squeeze(-3), v)
         gate = gate.add_(bias.squeeze(-2).unsqueeze(-1))
     else:
@@ -79,4 +83,7 @@ def apply_gate(
         gate = gate.add_(residual)
     if gate_act is not None:
         gate = gate_act(gate)
-    return u * gate
+    if torch.is_grad_enabled() or torch.jit.is_tracing() or gate.dtype != u.dtype:
+        return u * gate
+    # Nothing is kept for backward: the gate's memory serves for the result.
+    return gate.mul_(u)

@@ -29,6 +29,30 @@ def split_attention(
     """
     weights = logits.softmax(dim=1)[:, :, None, None, :].unbind(dim=1)
     out = branches[0] * weights[0]
+    # Nothing is kept of the sum, so it can grow in place, save under vmap, which has no rule for that.
+    add = torch.Tensor.addcmul if torch._C._are_functorch_transforms_active() else torch.Tensor.addcmul_
     for branch, weight in zip(branches[1:], weights[1:], strict=True):
-        out = torch.addcmul(out, branch, weight)
+        out = add(out, branch, weight)
     return out
+
+
+def mean_over_positions_reference(
+    x: Float[Tensor, "batch height width channels"],
+) -> Float[Tensor, "batch channels"]:
+    """`mean_over_positions` as torch writes it."""
+    return x.mean((1, 2))
+
+
+def mean_over_positions(
+    x: Float[Tensor, "batch height width channels"],
+) -> Float[Tensor, "batch channels"]:
+    """The mean of each channel over the map; on a CPU as a product with a row of equal weights.
+
+    The product reads 16-bit inputs as they are and accumulates in float32, where torch's reduction first writes them
+    out in float32.
+    """
+    if x.device.type != "cpu":
+        return mean_over_positions_reference(x)
+    positions = x.shape[1] * x.shape[2]
+    weights = x.new_full((1, 1, positions), 1 / positions).expand(x.shape[0], -1, -1)
+    return torch.bmm(weights, x.flatten(1, 2)).squeeze(1)

@@ -1,10 +1,10 @@
 """AS-MLP: Lian et al., "AS-MLP: An Axial Shifted MLP Architecture for Vision" (arXiv 2107.08391)."""
 
 from jaxtyping import Float
-from timm.layers import DropPath, Mlp, to_2tuple
+from timm.layers import DropPath, to_2tuple
 from torch import Tensor, nn
 
-from allmlp.layers import AxialShift, PatchEmbedding, PatchMerging, SampleNorm
+from allmlp.layers import AxialShift, ChannelMLP, PatchEmbedding, PatchMerging, SampleNorm
 from allmlp.vision.base import VisionMLP, depth_decayed
 from allmlp.vision.registry import register_family
 
@@ -36,7 +36,7 @@ class ASMLPBlock(nn.Module):
         self.norm1 = SampleNorm(channels)
         self.axial_shift = AxialShift(channels, shift_size, drop)
         self.norm2 = SampleNorm(channels)
-        self.mlp = Mlp(channels, int(channels * mlp_ratio), drop=drop)
+        self.mlp = ChannelMLP(channels, int(channels * mlp_ratio), drop=drop)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Float[Tensor, "batch height width channels"]) -> Float[Tensor, "batch height width channels"]:

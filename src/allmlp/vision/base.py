@@ -8,6 +8,7 @@ from timm.layers import trunc_normal_
 from timm.models import checkpoint, checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from allmlp.layers import PatchEmbedding
 
@@ -164,8 +165,33 @@ class VisionMLP(nn.Module):
     ) -> Float[Tensor, "batch rows columns channels"]:
         """The normalised last map."""
         x = self.stem(x)
-        x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
+        if self.grad_checkpointing:
+            x = checkpoint_seq(self.blocks, x)
+        elif self._runs_in_slices(x):
+            x = self._blocks_in_slices(x)
+        else:
+            x = self.blocks(x)
         return self.norm(x)
+
+    def _runs_in_slices(self, x: Tensor) -> bool:
+        """Whether a block needs too much memory at once, in plain eager inference on a CPU with nobody watching."""
+        if torch.is_grad_enabled() or self.training or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return False
+        if type(x) is not Tensor or x.device.type != "cpu" or _slice_size(x, x.shape[0]) >= x.shape[0]:
+            return False
+        return not (_has_any_global_hook() or any(m._forward_hooks or m._forward_pre_hooks for m in self.modules()))
+
+    def _blocks_in_slices(
+        self, x: Float[Tensor, "batch rows columns channels"]
+    ) -> Float[Tensor, "batch out_rows out_columns out_channels"]:
+        """`self.blocks(x)` for a few samples at a time; samples do not meet in any block."""
+        batch, slices = x.shape[0], (x,)
+        for block in self.blocks:
+            size, current = _slice_size(slices[0], batch), slices[0].shape[0]
+            if size > current or (len(slices) == 1 and size < current):
+                slices = torch.cat(slices).split(size)
+            slices = tuple(block(part) for part in slices)
+        return torch.cat(slices)
 
     def forward_head(self, x: Float[Tensor, "batch rows columns channels"], pre_logits: bool = False) -> Tensor:
         """Pool a map and classify it; `pre_logits` stops in front of the head."""
@@ -177,6 +203,19 @@ class VisionMLP(nn.Module):
     def forward(self, x: Float[Tensor, "batch chans height width"]) -> Tensor:
         """Logits `[batch, classes]`; without a head the pooled features, without pooling a map."""
         return self.forward_head(self.forward_features(x))
+
+
+# Memory above 32 MiB is handed back to the system and fetched anew, page by page, at every call (glibc's largest mmap
+# threshold); the layers of a block that widen its map are kept well below.
+_LARGEST_BYTES = 32 << 20
+_SLICE_BYTES = 16 << 20
+_EXPANSION = 4
+
+
+def _slice_size(x: Tensor, batch: int) -> int:
+    """How many of `batch` samples like those of `x` a block should be given at once."""
+    sample = _EXPANSION * x[0].numel() * x.element_size()
+    return batch if sample * batch <= _LARGEST_BYTES else max(1, _SLICE_BYTES // sample)
 
 
 def column_levels(depth: int, channels: int, patch_size: tuple[int, int]) -> list[tuple[int, int, int]]:

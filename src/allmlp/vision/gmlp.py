@@ -68,8 +68,12 @@ class GMLPBlock(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch height width channels"]) -> Float[Tensor, "batch height width channels"]:
         tokens = self.norm(x.flatten(1, 2))
-        hidden = self.drop1(self.act(self.proj_in(tokens)))
-        y = self.drop2(self.proj_out(self.sgu(hidden, tokens)))
+        hidden = self.proj_in(tokens)
+        if self.training and self.drop1.p > 0:
+            gated = self.sgu(self.drop1(self.act(hidden)), tokens)
+        else:
+            gated = self.sgu(hidden, tokens, act=self.act)
+        y = self.drop2(self.proj_out(gated))
         return x + self.drop_path(y).view_as(x)
 
 

@@ -5,10 +5,10 @@ from functools import partial
 from typing import Literal
 
 from jaxtyping import Float
-from timm.layers import DropPath, Mlp, to_2tuple
+from timm.layers import DropPath, to_2tuple
 from torch import Tensor, nn
 
-from allmlp.layers import PatchEmbedding, TokenMixingMLP
+from allmlp.layers import ChannelMLP, PatchEmbedding, TokenMixingMLP
 from allmlp.vision.base import VisionMLP, column_levels, depth_decayed
 from allmlp.vision.registry import register_family
 
@@ -69,7 +69,7 @@ class MixerBlock(nn.Module):
         self.norm1 = nn.LayerNorm(channels, eps=norm_eps)
         self.mlp_tokens = TokenMixingMLP(tokens, token_hidden, drop, act_layer)
         self.norm2 = nn.LayerNorm(channels, eps=norm_eps)
-        self.mlp_channels = Mlp(channels, channel_hidden, act_layer=act_layer, drop=drop)
+        self.mlp_channels = ChannelMLP(channels, channel_hidden, act_layer=act_layer, drop=drop)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Float[Tensor, "batch height width channels"]) -> Float[Tensor, "batch height width channels"]:

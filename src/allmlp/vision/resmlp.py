@@ -4,10 +4,10 @@ from functools import partial
 
 import torch
 from jaxtyping import Float
-from timm.layers import DropPath, Mlp, to_2tuple
+from timm.layers import DropPath, to_2tuple
 from torch import Tensor, nn
 
-from allmlp.layers import Affine, PatchEmbedding, TokenLinear
+from allmlp.layers import Affine, ChannelMLP, PatchEmbedding, TokenLinear
 from allmlp.vision.base import VisionMLP, column_levels, depth_decayed
 from allmlp.vision.registry import register_family
 
@@ -49,7 +49,7 @@ class ResMLPBlock(nn.Module):
         self.linear_tokens = TokenLinear(tokens, tokens)
         self.ls1 = nn.Parameter(torch.full((channels,), init_scale))
         self.norm2 = Affine(channels)
-        self.mlp_channels = Mlp(channels, int(channels * mlp_ratio), drop=drop)
+        self.mlp_channels = ChannelMLP(channels, int(channels * mlp_ratio), drop=drop)
         self.ls2 = nn.Parameter(torch.full((channels,), init_scale))
         self.drop_path = DropPath(drop_path)
 

@@ -4,10 +4,10 @@ from functools import partial
 from typing import Literal
 
 from jaxtyping import Float
-from timm.layers import DropPath, Mlp, to_2tuple
+from timm.layers import DropPath, to_2tuple
 from torch import Tensor, nn
 
-from allmlp.layers import Affine, PatchEmbedding, SpatialShift
+from allmlp.layers import Affine, ChannelMLP, PatchEmbedding, SpatialShift
 from allmlp.vision.base import VisionMLP, column_levels, depth_decayed
 from allmlp.vision.registry import register_family
 
@@ -56,7 +56,7 @@ class S2MLPBlock(nn.Module):
         self.shift = SpatialShift("width_first")
         self.fc2 = nn.Linear(channels, channels)
         self.norm1 = norm_layer(channels)
-        self.mlp_channels = Mlp(channels, int(channels * mlp_ratio), drop=drop)
+        self.mlp_channels = ChannelMLP(channels, int(channels * mlp_ratio), drop=drop)
         self.norm2 = norm_layer(channels)
         self.drop_path = DropPath(drop_path)
 

@@ -5,10 +5,13 @@ from itertools import accumulate
 from typing import Any
 
 from jaxtyping import Float
-from timm.layers import DropPath, Mlp, to_2tuple
+from timm.layers import DropPath, to_2tuple
 from torch import Tensor, nn
 
-from allmlp.layers import PatchDownsampling, PatchEmbedding, SpatialShift, SplitAttention
+from allmlp.layers import ChannelMLP, PatchDownsampling, PatchEmbedding, SpatialShift, SplitAttention
+from allmlp.layers.recomputing import is_watched, linear_after
+from allmlp.ops import split_attention
+from allmlp.ops.recomputing import worth_recomputing
 from allmlp.vision.base import VisionMLP, depth_decayed
 from allmlp.vision.registry import register_family
 
@@ -17,6 +20,10 @@ VARIANTS = {
     "s2mlpv2_medium_patch7_224": {"patch_size": 7, "depths": (7, 17), "embed_dims": (256, 512), "drop_path_rate": 0.1},
     "s2mlpv2_nano_patch2_32": {"patch_size": 2, "depths": (2, 5), "embed_dims": (48, 96)},
 }
+
+
+def _merge(x1: Tensor, x2: Tensor, x3: Tensor, logits: Tensor) -> Tensor:
+    return split_attention((x1, x2, x3), logits)
 
 
 class S2Attention(nn.Module):
@@ -36,7 +43,12 @@ class S2Attention(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch height width channels"]) -> Float[Tensor, "batch height width channels"]:
         x1, x2, x3 = self.expand(x).chunk(3, dim=-1)
-        return self.proj(self.split_attention((self.shift1(x1), self.shift2(x2), x3)))
+        branches = (self.shift1(x1), self.shift2(x2), x3)
+        if not worth_recomputing(x3) or is_watched(self.split_attention):
+            return self.proj(self.split_attention(branches))
+        # A branch of its own, so that backward does not keep what the other two were made of.
+        branches = (*branches[:2], x3.contiguous())
+        return linear_after(self.proj, _merge, *branches, self.split_attention.logits(branches))
 
 
 class S2MLPv2Block(nn.Module):
@@ -63,7 +75,7 @@ class S2MLPv2Block(nn.Module):
         self.norm1 = nn.LayerNorm(channels, eps=norm_eps)
         self.attn = S2Attention(channels)
         self.norm2 = nn.LayerNorm(channels, eps=norm_eps)
-        self.mlp_channels = Mlp(channels, int(channels * mlp_ratio), drop=drop)
+        self.mlp_channels = ChannelMLP(channels, int(channels * mlp_ratio), drop=drop)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Float[Tensor, "batch height width channels"]) -> Float[Tensor, "batch height width channels"]:

@@ -3,10 +3,10 @@
 from typing import Literal
 
 from jaxtyping import Float
-from timm.layers import DropPath, Mlp, to_2tuple
+from timm.layers import DropPath, to_2tuple
 from torch import Tensor, nn
 
-from allmlp.layers import PatchDownsampling, PatchEmbedding, PermuteMLP, WeightedPermuteMLP
+from allmlp.layers import ChannelMLP, PatchDownsampling, PatchEmbedding, PermuteMLP, WeightedPermuteMLP
 from allmlp.vision.base import VisionMLP, depth_decayed
 from allmlp.vision.registry import register_family
 
@@ -68,7 +68,7 @@ class PermutatorBlock(nn.Module):
         self.norm1 = nn.LayerNorm(channels, eps=norm_eps)
         self.attn = _MIXERS[mixing](channels, grid_size, segments)
         self.norm2 = nn.LayerNorm(channels, eps=norm_eps)
-        self.mlp = Mlp(channels, int(channels * mlp_ratio), drop=drop)
+        self.mlp = ChannelMLP(channels, int(channels * mlp_ratio), drop=drop)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Float[Tensor, "batch height width channels"]) -> Float[Tensor, "batch height width channels"]:

@@ -1,0 +1,19 @@
+"""The channel MLP that every family's block has."""
+
+from jaxtyping import Float
+from timm.layers import Mlp
+from torch import Tensor
+
+from allmlp.layers.recomputing import linear_after
+
+
+class ChannelMLP(Mlp):
+    """timm's `fc2(GELU(fc1 x))`, which keeps the hidden layer once for backward, not before and behind the activation.
+
+    Arguments as for `timm.layers.Mlp`.
+    """
+
+    def forward(self, x: Float[Tensor, "*batch channels"]) -> Float[Tensor, "*batch channels"]:
+        if self.training and self.drop1.p > 0:
+            return super().forward(x)
+        return self.drop2(linear_after(self.fc2, self.act, self.fc1(x)))

@@ -1,0 +1,154 @@
+"""Functions that keep less for backward: what is cheap to compute is computed again.
+
+Autograd keeps a linear map's input for the weight's gradient. Where that input is an activation, a norm, a product or a
+rearrangement of something that is kept anyway, it is the larger part of what training remembers and the smaller part of
+what it computes.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from allmlp.ops.token_linear import token_linear
+
+Across = Literal["channels", "tokens"]
+_MAPS: dict[str, Callable[..., Tensor]] = {"channels": F.linear, "tokens": token_linear}
+
+
+def recomputing_linear_reference(
+    across: Across,
+    prologue: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """`recomputing_linear` with everything kept."""
+    return _MAPS[across](prologue(*inputs), weight, bias)
+
+
+def recomputing_linear(
+    across: Across,
+    prologue: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """`W·prologue(*inputs) + b`, keeping `inputs` for backward and not what `prologue` makes of them.
+
+    Args:
+        across: `"channels"`: a linear map of the last dimension; `"tokens"`: `ops.token_linear`.
+        prologue: a function of tensors alone, the same at every call; parameters it uses stand among the inputs.
+        inputs: what it is given.
+        weight: `W`.
+        bias: `b`.
+
+    Returns:
+        The map's output. Where nothing needs a gradient, and for tracing compilers and functorch, which see to memory
+        in their own way, this is the plain form.
+    """
+    if not worth_recomputing(*inputs, weight, bias):
+        return recomputing_linear_reference(across, prologue, inputs, weight, bias)
+    return _RecomputingLinear.apply(across, prologue, weight, bias, *inputs)
+
+
+def recomputing(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """`function(*inputs)`, keeping nothing but `inputs` for backward; for `function` holds what does for a prologue."""
+    return _Recomputing.apply(function, *inputs) if worth_recomputing(*inputs) else function(*inputs)
+
+
+def worth_recomputing(*inputs: Tensor | None) -> bool:
+    """Whether something is kept for backward at all, by plain eager execution on a device that computes."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        return False
+    needed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    return needed and not any(x is not None and x.is_meta for x in inputs)
+
+
+class _Recomputing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        ctx.function, ctx.autocast = function, _autocast_state(inputs[0])
+        ctx.save_for_backward(*inputs)
+        return function(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        (grad,) = grads
+        # With gradients on, gradients of these gradients are wanted: autograd then records the inputs' own graph.
+        again, needs = torch.is_grad_enabled(), ctx.needs_input_grad[1:]
+        inputs = ctx.saved_tensors
+        with torch.enable_grad(), torch.autocast(*ctx.autocast):
+            if not again:
+                inputs = [x.detach().requires_grad_(need) for x, need in zip(inputs, needs, strict=True)]
+            output = ctx.function(*inputs)
+            return None, *_gradients(output, inputs, needs, grad, again)
+
+
+class _RecomputingLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, across: Across, prologue: Callable[..., Tensor], weight: Tensor, bias: Tensor | None, *inputs: Tensor
+    ) -> Tensor:
+        ctx.across, ctx.prologue, ctx.autocast = across, prologue, _autocast_state(inputs[0])
+        ctx.save_for_backward(weight, bias, *inputs)
+        return recomputing_linear_reference(across, prologue, inputs, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        (grad,) = grads
+        weight, bias, *inputs = ctx.saved_tensors
+        needs_weight, needs_bias, *needs = ctx.needs_input_grad[2:]
+        # With gradients on, gradients of these gradients are wanted: autograd then records the inputs' own graph.
+        again = torch.is_grad_enabled()
+        with torch.enable_grad(), torch.autocast(*ctx.autocast):
+            if again:
+                output = recomputing_linear_reference(ctx.across, ctx.prologue, inputs, weight, bias)
+                return None, None, *_gradients(output, ctx.saved_tensors, ctx.needs_input_grad[2:], grad, True)
+            inputs = [x.detach().requires_grad_(need) for x, need in zip(inputs, needs, strict=True)]
+            x = ctx.prologue(*inputs)
+        grad_weight, grad_bias = _parameter_gradients(
+            ctx.across, grad, x.detach(), weight if needs_weight else None, bias if needs_bias else None
+        )
+        grad_inputs: list[Tensor | None] = [None] * len(inputs)
+        if any(needs):
+            plain = weight.to(grad.dtype)
+            if ctx.across == "channels":
+                grad_x = torch.matmul(grad, plain)
+            else:
+                grad_x = torch.bmm(plain.t().expand(grad.shape[0], -1, -1), grad)
+            grad_inputs = _gradients(x, inputs, needs, grad_x.to(x.dtype), False)
+        return None, None, grad_weight, grad_bias, *grad_inputs
+
+
+def _autocast_state(x: Tensor) -> tuple[str, torch.dtype, bool]:
+    device = x.device.type
+    return device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+
+
+def _gradients(
+    output: Tensor, inputs: Sequence[Tensor], needs: Sequence[bool], grad: Tensor, create_graph: bool
+) -> list[Tensor | None]:
+    wanted = [x for x, need in zip(inputs, needs, strict=True) if need]
+    found = iter(torch.autograd.grad(output, wanted, grad, create_graph=create_graph))
+    return [next(found) if need else None for need in needs]
+
+
+def _parameter_gradients(
+    across: Across, grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of those parameters that are given."""
+    grad_weight = grad_bias = None
+    if weight is not None:
+        x = x.to(grad.dtype)
+        if across == "channels":
+            grad_weight = grad.flatten(0, -2).t() @ x.flatten(0, -2)
+        else:
+            grad_weight = torch.bmm(grad, x.transpose(1, 2)).sum(0)
+        grad_weight = grad_weight.to(weight.dtype)
+    if bias is not None:
+        summed = grad.flatten(0, -2).sum(0) if across == "channels" else grad.sum((0, 2))
+        grad_bias = summed.sum_to_size(bias.shape).to(bias.dtype)
+    return grad_weight, grad_bias

@@ -1,0 +1,28 @@
+"""The linear map across tokens against its equation."""
+
+import pytest
+import torch
+
+from allmlp.ops import token_linear, token_linear_reference
+from tests.tolerances import assert_close
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("batch", "read", "written", "channels"), [(1, 1, 1, 1), (3, 5, 7, 11), (2, 9, 4, 1)])
+def test_output_and_gradients(batch: int, read: int, written: int, channels: int, dtype: torch.dtype) -> None:
+    leaves = [torch.randn(batch, read, channels), torch.randn(written, read), torch.randn(written)]
+    exact = [x.to(dtype).double().requires_grad_() for x in leaves]
+    given = [x.to(dtype).requires_grad_() for x in leaves]
+    expected, out = token_linear_reference(*exact), token_linear(*given)
+    assert out.dtype == dtype
+    assert_close(out, expected)
+    upstream = torch.randn(expected.shape).to(dtype)
+    expected_grads = torch.autograd.grad(expected, exact, upstream.double())
+    for grad, expected_grad in zip(torch.autograd.grad(out, given, upstream), expected_grads, strict=True):
+        scale = expected_grad.abs().max().clamp_min(1)
+        assert_close(grad / scale.to(dtype), expected_grad / scale)
+
+
+def test_one_bias_for_all_tokens() -> None:
+    x, weight = torch.randn(2, 3, 4), torch.randn(5, 3)
+    assert torch.equal(token_linear(x, weight, torch.ones(1)), token_linear(x, weight, torch.ones(5)))
