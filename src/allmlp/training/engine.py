@@ -136,6 +136,8 @@ def training_arguments(recipe: Recipe, output: Path, workers: int = 0) -> Traini
         torch_compile=recipe.compile,
         seed=recipe.seed,
         logging_steps=recipe.log_every,
+        # a diverging loss is shown, and no step waits for the accelerator to look at it
+        logging_nan_inf_filter=False,
         save_total_limit=recipe.keep,
         dataloader_num_workers=workers,
         dataloader_pin_memory=not on_cpu,
@@ -187,9 +189,10 @@ def prepare_output(output: Path, recipe: Recipe, *, resume: bool, overwrite: boo
         _log.info("going on from %s", checkpoint) if checkpoint else _log.warning(
             "%s has no complete checkpoint to go on from: starting at the beginning", output
         )
-    elif overwrite:
-        run_directory.clear(output)
-    run_directory.write_text(output / run_directory.RECIPE, recipe_to_yaml(recipe))
+    if os.environ.get("RANK", "0") == "0":
+        if overwrite and not resume:
+            run_directory.clear(output)
+        run_directory.write_text(output / run_directory.RECIPE, recipe_to_yaml(recipe))
     return checkpoint
 
 
@@ -198,7 +201,7 @@ def surroundings() -> dict[str, Any]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     return {
         "device": device,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "python": platform.python_version(),
         "allmlp": __version__,
         "torch": str(torch.__version__),
@@ -206,6 +209,11 @@ def surroundings() -> dict[str, Any]:
         "transformers": transformers.__version__,
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def cores() -> int:
+    """The cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _processor() -> str:

@@ -1,7 +1,6 @@
 """From a vision recipe to a trained run directory."""
 
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from allmlp.data.images import ImageData, load_images
 from allmlp.errors import UserError
 from allmlp.training import report
 from allmlp.training.callbacks import TensorBoard
-from allmlp.training.engine import Engine, chosen_precision, prepare_output, surroundings
+from allmlp.training.engine import Engine, chosen_precision, cores, prepare_output, surroundings
 from allmlp.training.evaluation import accuracy_of, evaluation_batches, logits_of
 from allmlp.training.recipe import VisionRecipe
 
@@ -50,8 +49,9 @@ class VisionEngine(Engine):
         return (loss, outputs) if return_outputs else loss
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        # under timm's own names, so that timm loads a checkpoint as transformers does
-        super()._save(output_dir, state_dict or run_directory.plain_state_dict(self._weights()))
+        # a checkpoint is a run directory too: under timm's own names, and nothing pickled
+        if self.args.should_save:
+            run_directory.save_classifier(self._weights(), output_dir or self.args.output_dir)
 
 
 def train(recipe: VisionRecipe, output: str | Path, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
@@ -251,11 +251,14 @@ def parameter_groups(model: TimmModel, recipe: VisionRecipe) -> list[dict[str, A
 
 
 def useful_workers(data: ImageData) -> int:
-    """None for small images in memory, which are prepared faster than batches travel; else one per core, at most 8."""
+    """How many processes should prepare images.
+
+    None where the model computes on the same cores and the images are small and in memory: a batch of them is prepared
+    sooner than it travels between processes. Else one per core, at most 16.
+    """
     pixels = data.train.sources
-    if isinstance(pixels, np.ndarray) and pixels[0].size <= 64 * 64 * 3:
-        return 0
-    return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 8)
+    small = isinstance(pixels, np.ndarray) and pixels[0].size <= 64 * 64 * 3
+    return 0 if small and not torch.accelerator.is_available() else min(cores(), 16)
 
 
 def _metrics(prediction: Any) -> dict[str, float]:

@@ -1,0 +1,121 @@
+"""Trains every family's nano on CIFAR-10 under one recipe, and renders what docs/cifar10.md shows of it.
+
+    python recipes/cifar10_nano.py --data DIR_OF_PARQUET_FILES
+    python recipes/cifar10_nano.py --data DIR --recipe recipes/cifar10_nano_300.yaml --models gmlp_nano_patch4_32
+
+Results go to benchmarks/results/RECIPE.json after every model; a model measured already is left alone, so that a
+stopped measurement goes on where it was. --render only renders.
+"""
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+import allmlp.vision  # noqa: F401 registers the models
+from allmlp.checkpoints.run_directory import write_json, write_text
+from allmlp.training.recipe import VisionRecipe, make_recipe, read_settings
+from allmlp.training.report import STYLE, save
+
+ROOT = Path(__file__).parents[1]
+NAMES = {
+    "gmlp_nano_patch4_32": "gMLP",
+    "mixer_nano_patch4_32": "MLP-Mixer",
+    "resmlp_nano_patch4_32": "ResMLP",
+    "s2mlp_nano_patch4_32": "S²-MLP",
+    "s2mlpv2_nano_patch2_32": "S²-MLPv2",
+    "asmlp_nano_patch2_32": "AS-MLP",
+    "vip_nano_patch4_32": "ViP",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="CIFAR-10 as parquet files")
+    parser.add_argument("--recipe", type=Path, default=ROOT / "recipes" / "cifar10_nano.yaml")
+    parser.add_argument("--models", nargs="+", default=list(NAMES), choices=list(NAMES))
+    parser.add_argument("--output", type=Path, default=ROOT / "runs", help="where the run directories go")
+    parser.add_argument("--render", action="store_true", help="only render the figure and the table")
+    options = parser.parse_args()
+    results = ROOT / "benchmarks" / "results" / f"{options.recipe.stem}.json"
+    found: dict[str, Any] = json.loads(results.read_text()) if results.is_file() else {"models": {}}
+    if not options.render:
+        if options.data is None:
+            parser.error("--data is needed to train")
+        for model in options.models:
+            if model not in found["models"]:
+                measure(model, options, found)
+                write_json(results, found)
+    render(found, options.recipe.stem)
+
+
+def measure(model: str, options: argparse.Namespace, found: dict[str, Any]) -> None:
+    """Trains one model and adds its figures to what is found."""
+    from allmlp.training.vision import train
+
+    settings = {**read_settings(options.recipe), "data": options.data, "model": model}
+    settings.pop("task", None)
+    run = options.output / f"{options.recipe.stem}_{model}"
+    metrics = train(make_recipe(settings, VisionRecipe, str(options.recipe)), run, overwrite=True)
+    course = [entry for entry in metrics["history"] if "eval_accuracy" in entry]
+    found["recipe"] = {name: value for name, value in settings.items() if name not in ("data", "model")}
+    found["models"][model] = {
+        "parameters": metrics["parameters"],
+        "accuracy": metrics["accuracy"],
+        "accuracy_per_epoch": [entry["eval_accuracy"] for entry in course],
+        "images_per_second": metrics["images_per_second"],
+        "training_seconds": metrics["training_seconds"],
+        "precision": metrics["precision"],
+        "surroundings": metrics["surroundings"],
+    }
+
+
+def render(found: dict[str, Any], name: str) -> None:
+    """Draws docs/figures/NAME.png, and writes the table between the page's markers of that name."""
+    rows = [
+        "| model | parameters | accuracy after each epoch, % | final, % | images/s |",
+        "|---|---:|---|---:|---:|",
+    ]
+    with rc_context(STYLE):
+        figure = Figure(figsize=(9, 3.6), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        for model, figures in sorted(found["models"].items(), key=lambda item: -item[1]["accuracy"]):
+            course = [100 * accuracy for accuracy in figures["accuracy_per_epoch"]]
+            (line,) = left.plot(range(1, len(course) + 1), course, marker="o" if len(course) < 20 else None, ms=3)
+            left.annotate(
+                f"{NAMES[model]} {course[-1]:.1f}",
+                (len(course), course[-1]),
+                xytext=(6, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=7,
+                color=line.get_color(),
+            )
+            right.barh(NAMES[model], figures["images_per_second"], color=line.get_color())
+            places = [round(fifth * len(course) / 5) - 1 for fifth in range(1, 6)]
+            shown = course if len(course) <= 10 else [course[place] for place in places]
+            rows.append(
+                f"| `{model}` | {figures['parameters']:,} | {' '.join(f'{value:.1f}' for value in shown)} "
+                f"| **{100 * figures['accuracy']:.2f}** | {figures['images_per_second']:,.0f} |"
+            )
+        left.set(title="Accuracy on the test images (%)", xlabel="epoch")
+        left.margins(x=0.22)
+        right.set(title="Training speed (images/s)")
+        right.invert_yaxis()
+        right.grid(axis="y", visible=False)
+    save(figure, ROOT / "docs" / "figures" / f"{name}.png")
+    page = ROOT / "docs" / "cifar10.md"
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    text = page.read_text(encoding="utf-8")
+    if begin not in text or end not in text:
+        raise SystemExit(f"{page} has no place for this table: {begin} … {end}")
+    table = "\n".join([begin, "", *rows, "", f"![Accuracy and speed](figures/{name}.png)", "", end])
+    write_text(page, re.sub(f"{re.escape(begin)}.*{re.escape(end)}", lambda _: table, text, flags=re.DOTALL))
+
+
+if __name__ == "__main__":
+    main()
