@@ -14,6 +14,7 @@ from allmlp._version import __version__
 _LAZY = {
     "convert": "allmlp.checkpoints",
     "load": "allmlp.checkpoints",
+    "optimize": "allmlp.deploy",
 }
 
 

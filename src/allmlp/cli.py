@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="allmlp", description="Neural networks without attention.")
     parser.add_argument("--version", action="version", version=f"allmlp {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_models, _add_info, _add_train, _add_evaluate, _add_predict, _add_convert):
+    for add in (_add_models, _add_info, _add_train, _add_evaluate, _add_predict, _add_convert, _add_benchmark):
         add(commands)
     return parser
 
@@ -262,6 +262,76 @@ def _fact(text: str) -> tuple[str, Any]:
         return name, yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise argparse.ArgumentTypeError(f"'{text}' has no value that can be read") from error
+
+
+def _add_benchmark(commands: Any) -> None:
+    parser = _command(
+        commands, "benchmark", _benchmark, "time models beside their peers and their bare matrix products"
+    )
+    parser.add_argument("models", nargs="*", metavar="MODEL", help="models' names (default: one of each family)")
+    parser.add_argument("--task", nargs="+", choices=("inference", "training"), default=["inference"], help="what runs")
+    parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32"], help="computed in")
+    parser.add_argument("--batch-size", nargs="+", type=_count, metavar="N", default=[8], help="images of one call")
+    parser.add_argument("--compiled", action="store_true", help="through torch.compile")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where it runs (default: cpu)")
+    parser.add_argument("--threads", type=_count, metavar="N", help="threads of a CPU (default: torch's own choice)")
+    parser.add_argument("--rounds", type=_count, metavar="N", default=5, help="timed calls of each (default: 5)")
+    parser.add_argument(
+        "--peer-path",
+        type=_peer_path,
+        action="append",
+        default=[],
+        metavar="NAME=DIR",
+        help="a checkout of a peer that cannot be installed: AS-MLP, VisionPermutator, Jittor-MLP",
+    )
+    parser.add_argument("--output", metavar="FILE", help="keep the results as JSON")
+    parser.add_argument("--json", action="store_true", help="answer in JSON")
+
+
+def _benchmark(options: argparse.Namespace) -> None:
+    # torch's profiler, which sees the memory, reports its own start and stop otherwise
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    import torch
+
+    import allmlp.vision  # noqa: F401 registers the architectures
+    from allmlp.benchmark import MODELS, checkouts, machine, measure, result_table, settings, write_results
+    from allmlp.tables import table
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    paths = checkouts(dict(options.peer_path))
+    wanted = settings(
+        options.models or MODELS,
+        tasks=options.task,
+        dtypes=options.dtype,
+        compiled=(options.compiled,),
+        batch_sizes=options.batch_size,
+        device=options.device,
+    )
+    skipped: dict[str, None] = {}
+    results = []
+    for setting in wanted:
+        results += measure(setting, peer_paths=paths, rounds=options.rounds, skipped=skipped.setdefault)
+    for reason in skipped:
+        print(f"left out: {reason}", file=sys.stderr)
+    if options.output:
+        write_results(Path(options.output), results, machine())
+    answer = {"machine": machine(), "results": [result.as_dict() for result in results]}
+    _answer(options, answer, lambda: table(result_table(results), right=(2, 3, 5, 6)))
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+def _peer_path(text: str) -> tuple[str, str]:
+    name, equals, path = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"must be NAME=DIR, got {text!r}")
+    return name, path
 
 
 def _size(text: str) -> int | tuple[int, int]:

@@ -1,0 +1,160 @@
+"""Every family beside its peers, and what `allmlp.optimize` makes of it beside the inference engines.
+
+    python benchmarks/speed.py eager --peer-path AS-MLP=… --peer-path VisionPermutator=… --peer-path Jittor-MLP=…
+    python benchmarks/speed.py engines --peer-path …
+    python benchmarks/speed.py page
+
+The first two write `benchmarks/results/speed_<part>.json`, the third puts both into `docs/speed.md`. On two cores the
+first takes about seven minutes, the second about six. `--models` and `--batch-size` restrict or widen what is measured;
+`--cpu-isa AVX512_CORE_BF16` keeps oneDNN from newer instructions (AMX), to compare with machines that lack them.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+ENGINE_MODELS = (
+    "gmlp_small_patch16_224",
+    "mixer_base_patch16_224",
+    "vip_small_patch7_224",
+    "asmlp_tiny_patch4_224",
+)
+PAGE = Path(__file__).parents[1] / "docs" / "speed.md"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("eager", "engines", "page"))
+    parser.add_argument("--peer-path", action="append", default=[], metavar="NAME=DIR")
+    parser.add_argument("--models", nargs="+")
+    parser.add_argument("--task", nargs="+", default=["inference", "training"])
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--batch-size", nargs="+", type=int, default=[8])
+    parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--cpu-isa", metavar="ISA")
+    parser.add_argument("--name", help="name of the results' file (default: speed_<part>)")
+    options = parser.parse_args()
+    if options.cpu_isa:
+        # oneDNN reads this when it is loaded.
+        os.environ["ONEDNN_MAX_CPU_ISA"] = options.cpu_isa
+    # torch's profiler, which sees the memory, reports its own start and stop otherwise.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    import torch
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    {"eager": eager, "engines": engines, "page": page}[options.part](options)
+
+
+def eager(options: argparse.Namespace) -> None:
+    from allmlp.benchmark import MODELS, checkouts, measure, result_table, settings
+    from allmlp.tables import table
+
+    wanted = settings(
+        options.models or MODELS,
+        tasks=options.task,
+        dtypes=options.dtype,
+        compiled=(options.compiled,),
+        batch_sizes=options.batch_size,
+        device=options.device,
+    )
+    paths = checkouts(dict(given.split("=", 1) for given in options.peer_path))
+    results = []
+    for setting in wanted:
+        found = measure(setting, peer_paths=paths, rounds=options.rounds, skipped=_say)
+        print(table(result_table(found)[1:]), flush=True)
+        results += found
+    _keep(options, results)
+
+
+def engines(options: argparse.Namespace) -> None:
+    """`allmlp.optimize` beside eager forms and what the inference engines make of the peer, in turn."""
+    from allmlp.benchmark import checkouts, result_table
+    from allmlp.tables import table
+
+    paths = checkouts(dict(given.split("=", 1) for given in options.peer_path))
+    results = []
+    for model in options.models or ENGINE_MODELS:
+        for dtype in options.dtype:
+            for batch_size in options.batch_size:
+                found = _beside_engines(model, dtype, batch_size, paths, options.rounds)
+                print(table(result_table(found)[1:]), flush=True)
+                results += found
+    _keep(options, results)
+
+
+def _beside_engines(model: str, dtype: str, batch_size: int, paths: dict[str, Path], rounds: int) -> list:
+    import copy
+
+    import torch
+
+    import allmlp
+    from allmlp.benchmark import FLOOR, OURS, Result, Setting, build_pair, peers_of, record_products, replay
+    from allmlp.benchmark.measurement import DTYPES, compare
+    from allmlp.deploy.engines import ENGINES, EngineMissingError
+    from allmlp.timing import time_in_turn
+
+    peer = peers_of(model)[0]
+    ours, theirs = build_pair(peer, paths)
+    difference = compare(ours, theirs)
+    image = torch.randn(batch_size, *ours.pretrained_cfg["input_size"])
+    precision = DTYPES[dtype]
+    optimized = allmlp.optimize(ours, image, dtype=precision)
+    low = copy.deepcopy(ours).to(precision)
+    with torch.no_grad():
+        products = record_products(lambda: low(image.to(precision)))
+    runners = {
+        OURS: lambda: optimized(image),
+        FLOOR: replay(products),
+        "allmlp, eager": ENGINES["eager"](ours, image, precision),
+        f"{peer.name}, eager, float32": ENGINES["eager"](theirs, image, torch.float32),
+    }
+    for engine in ("openvino", "onnxruntime"):
+        try:
+            runners[f"{peer.name}, {engine}"] = ENGINES[engine](theirs, image, precision)
+        except EngineMissingError as reason:
+            _say(str(reason))
+    steps = {name: run if name in (OURS, FLOOR) else lambda run=run: run(image) for name, run in runners.items()}
+    times = time_in_turn(steps, rounds=rounds)
+    setting = Setting(model=model, dtype=dtype, batch_size=batch_size)
+    return [
+        Result(
+            setting=setting,
+            contender=name,
+            milliseconds=time.milliseconds,
+            ratio=time.ratio,
+            difference=None if name == FLOOR else difference,
+            engine=optimized.engine if name == OURS else None,
+        )
+        for name, time in times.items()
+    ]
+
+
+def page(options: argparse.Namespace) -> None:
+    from allmlp.benchmark import read_results, write_page
+
+    for file in sorted(RESULTS.glob("speed_*.json")):
+        results, facts = read_results(file)
+        write_page(PAGE, file.stem.removeprefix("speed_"), results, facts)
+
+
+def _keep(options: argparse.Namespace, results: list) -> None:
+    from allmlp.benchmark import machine, write_results
+
+    facts = machine()
+    if options.cpu_isa:
+        facts["onednn_max_cpu_isa"] = options.cpu_isa
+    write_results(RESULTS / f"{options.name or f'speed_{options.part}'}.json", results, facts)
+
+
+def _say(reason: str) -> None:
+    print(f"left out: {reason}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""The measuring stick: networks beside their peers and beside their bare matrix products, timed in turn."""
+
+from allmlp.benchmark.floor import record_products, replay
+from allmlp.benchmark.measurement import FLOOR, MODELS, OURS, Result, Setting, machine, measure, settings
+from allmlp.benchmark.peers import build_pair, checkouts, peers_of
+from allmlp.benchmark.report import read_results, result_table, write_page, write_results
+
+__all__ = [
+    "FLOOR",
+    "MODELS",
+    "OURS",
+    "Result",
+    "Setting",
+    "build_pair",
+    "checkouts",
+    "machine",
+    "measure",
+    "peers_of",
+    "read_results",
+    "record_products",
+    "replay",
+    "result_table",
+    "settings",
+    "write_page",
+    "write_results",
+]

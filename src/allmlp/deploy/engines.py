@@ -1,0 +1,120 @@
+"""What can run a network: torch as it is, torch's compiler, and inference engines that are installed."""
+
+import copy
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from allmlp.errors import UserError
+
+Runner = Callable[[Tensor], Tensor]
+
+
+class EngineMissingError(UserError):
+    """An engine cannot work on this machine, or not with what was asked for."""
+
+
+def eager(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Runner:
+    """torch without a compiler, in `dtype`."""
+    model = copy.deepcopy(model).to(dtype)
+
+    def run(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return model(x.to(dtype))
+
+    return run
+
+
+def inductor(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Runner:
+    """torch's compiler with frozen weights: folded, and packed once for the products of this processor."""
+    if example.device.type == "cpu":
+        _require_cpp_compiler()
+    model = copy.deepcopy(model).to(dtype)
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, options={"freezing": True})
+
+    def run(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return compiled(x.to(dtype))
+
+    run(example)
+    return run
+
+
+def openvino(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Runner:
+    """OpenVINO on the CPU, computing in `dtype`."""
+    _require_cpu("openvino", example)
+    try:
+        import openvino as ov
+    except ImportError as error:
+        raise EngineMissingError("engine 'openvino' is not installed: pip install openvino") from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        converted = ov.convert_model(torch.export.export(model, (example,)))
+    precision = {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype]
+    options = {
+        "INFERENCE_PRECISION_HINT": precision,
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    compiled = ov.Core().compile_model(converted, "CPU", options)
+
+    def run(x: Tensor) -> Tensor:
+        return torch.from_numpy(compiled(x.numpy(), share_inputs=True)[0])
+
+    return run
+
+
+def onnxruntime(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Runner:
+    """ONNX Runtime on the CPU; its kernels compute in float32."""
+    _require_cpu("onnxruntime", example)
+    if dtype != torch.float32:
+        raise EngineMissingError(f"engine 'onnxruntime' computes in float32 on a CPU, not in {dtype_name(dtype)}")
+    try:
+        import onnxruntime as ort
+        import onnxscript  # noqa: F401  (torch's exporter needs it)
+    except ImportError as error:
+        raise EngineMissingError("engine 'onnxruntime' needs: pip install onnxruntime onnx onnxscript") from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(model, (example,), dynamo=True, verbose=False)
+    assert program is not None
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = ort.InferenceSession(program.model_proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+
+    def run(x: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {name: x.numpy()})[0])
+
+    return run
+
+
+ENGINES: dict[str, Callable[[nn.Module, Tensor, torch.dtype], Runner]] = {
+    "eager": eager,
+    "inductor": inductor,
+    "openvino": openvino,
+    "onnxruntime": onnxruntime,
+}
+
+
+def _require_cpp_compiler() -> None:
+    from torch._inductor import cpp_builder, exc
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except (exc.InvalidCxxCompiler, RuntimeError) as error:
+        raise EngineMissingError(
+            "engine 'inductor' needs a C++ compiler and found none: install g++ or clang, or name one in CXX"
+        ) from error
+
+
+def _require_cpu(engine: str, example: Tensor) -> None:
+    if example.device.type != "cpu":
+        raise EngineMissingError(f"engine {engine!r} runs on a CPU here, the example lies on {example.device.type!r}")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`torch.float32` as `float32`."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,118 @@
+"""The optimised form: the original's output, the fastest of what works, one message for what cannot be."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import allmlp
+from allmlp.deploy import engines
+from allmlp.errors import UserError
+
+NANO = "gmlp_nano_patch4_32"
+
+
+@pytest.fixture
+def image() -> torch.Tensor:
+    return torch.randn(2, 3, 32, 32)
+
+
+def _model(**arguments) -> nn.Module:
+    return timm.create_model(NANO, num_blocks=2, embed_dim=16, **arguments)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("engine", ["eager", "openvino", "onnxruntime"])
+@pytest.mark.usefixtures("unchecked")
+def test_output_is_the_original_s(engine: str, dtype: torch.dtype | None, image: torch.Tensor) -> None:
+    if engine != "eager":
+        pytest.importorskip(engine)
+    model = _model().train()
+    before = copy.deepcopy(model.state_dict())
+    if engine == "onnxruntime" and dtype is not None:
+        with pytest.raises(UserError, match="computes in float32 on a CPU, not in bfloat16"):
+            allmlp.optimize(model, image, dtype=dtype, engine=engine)
+        return
+    form = allmlp.optimize(model, (image,), dtype=dtype, engine=engine)
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    other = torch.randn_like(image)
+    with torch.no_grad():
+        expected = model.eval()(other)
+    got = form(other)
+    assert got.dtype == torch.float32
+    tolerance = 1e-4 if dtype is None else 5e-2
+    assert (got - expected).abs().max() <= tolerance * expected.abs().max()
+    assert form.engine == engine
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_compiled_with_frozen_weights(image: torch.Tensor) -> None:
+    model = _model()
+    form = allmlp.optimize(model, image, engine="inductor")
+    other = torch.randn_like(image)
+    with torch.no_grad():
+        torch.testing.assert_close(form(other), model.eval()(other), rtol=1e-4, atol=1e-5)
+
+
+def test_the_fastest_of_those_that_agree_is_taken(image: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(model, example, dtype):
+        return lambda x: torch.zeros(2, 10)
+
+    def broken(model, example, dtype):
+        raise ArithmeticError("no such operator\nand a long trace")
+
+    def slow(model, example, dtype):
+        run = engines.eager(model, example, dtype)
+        return lambda x: sum(run(x) for _ in range(20)) / 20
+
+    monkeypatch.setattr(
+        "allmlp.deploy.optimization.ENGINES",
+        {
+            "slow": slow,
+            "eager": engines.eager,
+            "wrong": wrong,
+            "broken": broken,
+        },
+    )
+    form = allmlp.optimize(_model(), image)
+    assert form.engine == "eager"
+    reasons = {candidate.engine: candidate.reason for candidate in form.candidates}
+    assert reasons["slow"] is reasons["eager"] is None
+    assert "off, more than 1e-04" in reasons["wrong"]
+    assert reasons["broken"] == "ArithmeticError: no such operator"
+    with pytest.raises(RuntimeError, match="wrong: its output is"):
+        allmlp.optimize(_model(), image, engine="wrong")
+
+
+def test_missing_compiler_is_named(image: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import cpp_builder, exc
+
+    def none_found() -> str:
+        raise exc.InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none_found)
+    with pytest.raises(UserError, match="needs a C\\+\\+ compiler and found none: install g\\+\\+ or clang"):
+        allmlp.optimize(_model(), image, engine="inductor")
+
+
+def test_other_inputs_are_refused(image: torch.Tensor) -> None:
+    form = allmlp.optimize(_model(), image, engine="eager")
+    with pytest.raises(ValueError, match="made for inputs like float32 2 × 3 × 32 × 32 on cpu, got float32 1 × 3"):
+        form(image[:1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"engine": "openvin"}, "engine must be one of .*, got 'openvin'. Did you mean 'openvino'"),
+        ({"dtype": torch.float16}, "dtype must be torch.float32 or torch.bfloat16"),
+        ({"example_inputs": "image"}, "example_inputs must be one tensor, got str"),
+        ({"example_inputs": torch.zeros(1, 3, 32, 32, dtype=torch.int64)}, "the example must be float32, got int64"),
+    ],
+)
+def test_misuse(change: dict, message: str, image: torch.Tensor) -> None:
+    with pytest.raises(UserError, match=message):
+        allmlp.optimize(_model(), **{"example_inputs": image, **change})
