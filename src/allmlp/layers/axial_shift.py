@@ -46,12 +46,11 @@ class AxialShift(nn.Module):
         along_height = linear_after(self.conv2_2, partial(axial_shift, shift_size=self.shift_size, axis="height"), x)
         if type(self.norm2) is not SampleNorm or is_watched(self.norm2):
             return self.drop(self.conv3(self.norm2(self.act(along_width) + self.act(along_height))))
-
-        def merged(width: Tensor, height: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-            return sample_norm(self.act(width) + self.act(height), weight, bias, self.norm2.eps)
-
-        y = linear_after(self.conv3, merged, along_width, along_height, self.norm2.weight, self.norm2.bias)
+        y = linear_after(self.conv3, self._merge, along_width, along_height, self.norm2.weight, self.norm2.bias)
         return self.drop(y)
+
+    def _merge(self, along_width: Tensor, along_height: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return sample_norm(self.act(along_width) + self.act(along_height), weight, bias, self.norm2.eps)
 
     def extra_repr(self) -> str:
         return f"shift_size={self.shift_size}"

@@ -63,8 +63,12 @@ def worth_recomputing(*inputs: Tensor | None) -> bool:
     """Whether something is kept for backward at all, by plain eager execution on a device that computes."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
         return False
-    needed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    return needed and not any(x is not None and x.is_meta for x in inputs)
+    given = [x for x in inputs if x is not None]
+    # A symbolic trace (torch.fx) hands over placeholders.
+    if not all(isinstance(x, Tensor) for x in given):
+        return False
+    needed = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    return needed and not any(x.is_meta for x in given)
 
 
 class _Recomputing(torch.autograd.Function):

@@ -10,7 +10,9 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 
 from allmlp.layers import (
     AxialShift,
+    PatchDownsampling,
     PatchEmbedding,
+    PatchMerging,
     PermuteMLP,
     SpatialGatingUnit,
     SpatialShift,
@@ -23,7 +25,9 @@ from allmlp.vision.base import VisionMLP
 # These decide by shapes or run a custom gradient, which symbolic tracing (torch.fx) cannot follow: it calls them whole.
 for _module in (
     AxialShift,
+    PatchDownsampling,
     PatchEmbedding,
+    PatchMerging,
     PermuteMLP,
     SpatialGatingUnit,
     SpatialShift,
