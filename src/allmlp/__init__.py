@@ -15,6 +15,13 @@ _LAZY = {
     "convert": "allmlp.checkpoints",
     "load": "allmlp.checkpoints",
     "optimize": "allmlp.deploy",
+    "GMLPConfig": "allmlp.language",
+    "GMLPModel": "allmlp.language",
+    "GMLPForCausalLM": "allmlp.language",
+    "GMLPForMaskedLM": "allmlp.language",
+    "GMLPForSequenceClassification": "allmlp.language",
+    "GMLPForTokenClassification": "allmlp.language",
+    "GMLPForQuestionAnswering": "allmlp.language",
 }
 
 
