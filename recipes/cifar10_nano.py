@@ -1,25 +1,30 @@
 """Trains every family's nano on CIFAR-10 under one recipe, and renders what docs/cifar10.md shows of it.
 
     python recipes/cifar10_nano.py --data DIR_OF_PARQUET_FILES
+    python recipes/cifar10_nano.py --data DIR_OF_PARQUET_FILES --speed
     python recipes/cifar10_nano.py --data DIR --recipe recipes/cifar10_nano_300.yaml --models gmlp_nano_patch4_32
 
-Results go to benchmarks/results/RECIPE.json after every model; a model measured already is left alone, so that a
-stopped measurement goes on where it was. --render only renders.
+A model whose run directory is finished is left alone, so that a stopped measurement goes on where it was, and several
+may run side by side. Images/s only mean something where nothing else runs: --speed measures them again, one model at a
+time. What all run directories say goes to benchmarks/results/RECIPE.json, the page and its figure.
 """
 
 import argparse
+import dataclasses
 import json
 import re
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 import allmlp.vision  # noqa: F401 registers the models
-from allmlp.checkpoints.run_directory import write_json, write_text
+from allmlp.checkpoints.run_directory import METRICS, write_json, write_text
 from allmlp.training.recipe import VisionRecipe, make_recipe, read_settings
 from allmlp.training.report import STYLE, save
+from allmlp.training.vision import train
 
 ROOT = Path(__file__).parents[1]
 NAMES = {
@@ -31,6 +36,8 @@ NAMES = {
     "asmlp_nano_patch2_32": "AS-MLP",
     "vip_nano_patch4_32": "ViP",
 }
+STEPS = 60
+SPEED = ("images_per_second", "precision", "surroundings")
 
 
 def main() -> None:
@@ -39,39 +46,40 @@ def main() -> None:
     parser.add_argument("--recipe", type=Path, default=ROOT / "recipes" / "cifar10_nano.yaml")
     parser.add_argument("--models", nargs="+", default=list(NAMES), choices=list(NAMES))
     parser.add_argument("--output", type=Path, default=ROOT / "runs", help="where the run directories go")
-    parser.add_argument("--render", action="store_true", help="only render the figure and the table")
+    parser.add_argument("--speed", action="store_true", help=f"train {STEPS} steps of each to measure images/s")
     options = parser.parse_args()
     results = ROOT / "benchmarks" / "results" / f"{options.recipe.stem}.json"
-    found: dict[str, Any] = json.loads(results.read_text()) if results.is_file() else {"models": {}}
-    if not options.render:
-        if options.data is None:
-            parser.error("--data is needed to train")
-        for model in options.models:
-            if model not in found["models"]:
-                measure(model, options, found)
-                write_json(results, found)
+    found = json.loads(results.read_text()) if results.is_file() else {}
+    for model in options.models:
+        run = options.output / f"{options.recipe.stem}_{model}"
+        if options.data is None and not (run / METRICS).is_file():
+            parser.error(f"--data is needed to train {model}")
+        settings = {**read_settings(options.recipe), "data": options.data, "model": model}
+        recipe = make_recipe(settings, VisionRecipe, str(options.recipe))
+        if options.speed:
+            with TemporaryDirectory() as folder:
+                metrics = train(dataclasses.replace(recipe, max_steps=STEPS), Path(folder) / "run")
+            found.setdefault(model, {}).update({key: metrics[key] for key in SPEED})
+        elif not (run / METRICS).is_file():
+            train(recipe, run, overwrite=True)
+    for model, figures in collected(options).items():
+        # speed measured alone stays
+        found[model] = {**figures, **{key: found[model][key] for key in SPEED if key in found.get(model, {})}}
+    write_json(results, found)
     render(found, options.recipe.stem)
 
 
-def measure(model: str, options: argparse.Namespace, found: dict[str, Any]) -> None:
-    """Trains one model and adds its figures to what is found."""
-    from allmlp.training.vision import train
-
-    settings = {**read_settings(options.recipe), "data": options.data, "model": model}
-    settings.pop("task", None)
-    run = options.output / f"{options.recipe.stem}_{model}"
-    metrics = train(make_recipe(settings, VisionRecipe, str(options.recipe)), run, overwrite=True)
-    course = [entry for entry in metrics["history"] if "eval_accuracy" in entry]
-    found["recipe"] = {name: value for name, value in settings.items() if name not in ("data", "model")}
-    found["models"][model] = {
-        "parameters": metrics["parameters"],
-        "accuracy": metrics["accuracy"],
-        "accuracy_per_epoch": [entry["eval_accuracy"] for entry in course],
-        "images_per_second": metrics["images_per_second"],
-        "training_seconds": metrics["training_seconds"],
-        "precision": metrics["precision"],
-        "surroundings": metrics["surroundings"],
-    }
+def collected(options: argparse.Namespace) -> dict[str, Any]:
+    """What the finished run directories say, by model."""
+    found = {}
+    for model in NAMES:
+        path = options.output / f"{options.recipe.stem}_{model}" / METRICS
+        if path.is_file():
+            metrics = json.loads(path.read_text())
+            keys = ("parameters", "accuracy", "training_seconds", *SPEED)
+            course = [entry["eval_accuracy"] for entry in metrics["history"] if "eval_accuracy" in entry]
+            found[model] = {**{key: metrics[key] for key in keys}, "accuracy_per_epoch": course}
+    return found
 
 
 def render(found: dict[str, Any], name: str) -> None:
@@ -83,7 +91,7 @@ def render(found: dict[str, Any], name: str) -> None:
     with rc_context(STYLE):
         figure = Figure(figsize=(9, 3.6), layout="constrained")
         left, right = figure.subplots(1, 2)
-        for model, figures in sorted(found["models"].items(), key=lambda item: -item[1]["accuracy"]):
+        for model, figures in sorted(found.items(), key=lambda item: -item[1]["accuracy"]):
             course = [100 * accuracy for accuracy in figures["accuracy_per_epoch"]]
             (line,) = left.plot(range(1, len(course) + 1), course, marker="o" if len(course) < 20 else None, ms=3)
             left.annotate(
