@@ -1,0 +1,110 @@
+"""Forms that were tried and left out beside the ones in use: the figures of "What did not work" in docs/speed.md.
+
+    python benchmarks/rejected.py
+
+One minute on two cores. A ratio above 1 means that the form left out takes longer.
+"""
+
+import argparse
+from collections.abc import Callable, Mapping
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import allmlp  # noqa: F401
+from allmlp.timing import time_in_turn
+
+Forms = Mapping[str, Callable[[], object]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int)
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    with torch.no_grad():
+        for dtype in (torch.float32, torch.bfloat16):
+            for name, forms in _cases(dtype):
+                times = time_in_turn(forms, rounds=options.rounds)
+                (used, first), *others = times.items()
+                beside = ", ".join(f"{other}: {time.ratio:.2f}" for other, time in others)
+                print(f"{str(dtype)[6:]:9}{name:34}{used}: {first.milliseconds:.2f} ms; {beside}", flush=True)
+
+
+def _cases(dtype: torch.dtype) -> list[tuple[str, Forms]]:
+    return [
+        ("token product of gMLP-S", _token_product(dtype)),
+        ("channel MLP 1568 × 384 → 1536", _row_tiles(dtype, 1568, 384, 1536)),
+        ("linear and GELU 1568 × 256 → 1536", _epilogue(dtype, 1568, 256, 1536)),
+        ("linear and GELU 2048 × 384 → 1152", _epilogue(dtype, 2048, 384, 1152)),
+        ("branches of Permute-MLP, 16 × 16", _permuted_branches(dtype)),
+        ("GELU of 1568 × 1536", _gelu(dtype)),
+        ("network gMLP-S, batch 8", _slices(dtype)),
+    ]
+
+
+def _token_product(dtype: torch.dtype) -> Forms:
+    x, weight, bias = (torch.randn(shape).to(dtype) for shape in ((8, 196, 768), (196, 196), (196,)))
+    trained = nn.Parameter(weight)
+    return {
+        "batched": lambda: torch.baddbmm(bias[:, None], trained.expand(8, -1, -1), x),
+        "matmul": lambda: torch.matmul(trained, x) + bias[:, None],
+        "transposed": lambda: F.linear(x.transpose(1, 2), trained, bias).transpose(1, 2).contiguous(),
+    }
+
+
+def _row_tiles(dtype: torch.dtype, rows: int, width: int, hidden: int) -> Forms:
+    x = torch.randn(rows, width).to(dtype)
+    mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width)).to(dtype)
+    tiled = {
+        f"tiles of {size}": lambda size=size: torch.cat([mlp(part) for part in x.split(size)]) for size in (256, 512)
+    }
+    return {"whole": lambda: mlp(x), **tiled}
+
+
+def _epilogue(dtype: torch.dtype, rows: int, width: int, hidden: int) -> Forms:
+    x, linear = torch.randn(rows, width).to(dtype), nn.Linear(width, hidden).to(dtype)
+    fused = torch.ops.mkldnn._linear_pointwise
+    return {
+        "two calls": lambda: F.gelu(linear(x)),
+        "epilogue": lambda: fused(x, linear.weight, linear.bias, "gelu", [], "none"),
+    }
+
+
+def _permuted_branches(dtype: torch.dtype) -> Forms:
+    batch, side, segments, width = 8, 16, 16, 24
+    h_BWNHS, w_BHNWS = (torch.randn(batch, side, segments, side, width).to(dtype) for _ in range(2))
+    c_BHWC = torch.randn(batch, side, side, segments * width).to(dtype)
+    weights = [torch.rand(batch, 1, 1, segments * width).to(dtype) for _ in range(3)]
+    h, w = h_BWNHS.permute(0, 3, 1, 2, 4), w_BHNWS.permute(0, 1, 3, 2, 4)
+
+    def copied() -> Tensor:
+        out = h.flatten(3) * weights[0]
+        return out.addcmul_(w.flatten(3), weights[1]).addcmul_(c_BHWC, weights[2])
+
+    def in_place() -> Tensor:
+        parts = [weight.unflatten(-1, (segments, width)) for weight in weights]
+        out = c_BHWC.unflatten(-1, (segments, width)) * parts[2]
+        return out.addcmul_(h, parts[0]).addcmul_(w, parts[1])
+
+    return {"copied": copied, "read where they lie": in_place}
+
+
+def _gelu(dtype: torch.dtype) -> Forms:
+    x = torch.randn(1568, 1536).to(dtype)
+    return {"error function": lambda: F.gelu(x), "tanh": lambda: F.gelu(x, approximate="tanh")}
+
+
+def _slices(dtype: torch.dtype) -> Forms:
+    model = timm.create_model("gmlp_small_patch16_224").eval().to(dtype)
+    images = torch.randn(8, 3, 224, 224).to(dtype)
+    sliced = {f"slices of {n}": lambda n=n: torch.cat([model(part) for part in images.split(n)]) for n in (4, 2, 1)}
+    return {"whole": lambda: model(images), **sliced}
+
+
+if __name__ == "__main__":
+    main()
