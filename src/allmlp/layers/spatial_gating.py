@@ -229,12 +229,13 @@ class SpatialGatingUnit(nn.Module):
         """`forward` of `act(x)` for a plain unit: between the products nothing but `x` and the gate is kept."""
         norm = self.norm
 
+        # A half is a strided view, on which the CPU's activations take twice as long as on a copy and its making.
         def normalised(v: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-            return F.layer_norm(act(v), norm.normalized_shape, weight, bias, norm.eps)
+            return F.layer_norm(act(v.contiguous()), norm.normalized_shape, weight, bias, norm.eps)
 
         u, v = x.chunk(2, dim=-1) if self.split else (x, x)
         gate = recomputing_linear("tokens", normalised, (v, norm.weight, norm.bias), self.weight[0], self.bias[0])
-        return recomputing(lambda u, gate: act(u) * gate, u, gate)
+        return recomputing(lambda u, gate: act(u.contiguous()) * gate, u, gate)
 
     def _matrix(self, tokens: int, mask: Tensor | None) -> Tensor:
         """`W` for a whole sequence: [heads, tokens, tokens], or [batch, heads, tokens, tokens] with a mask per row."""
