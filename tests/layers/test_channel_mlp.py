@@ -57,3 +57,18 @@ def test_hooks_see_every_layer(watched: str) -> None:
     assert len(seen) == 1
     if watched in ("fc2", "drop2"):
         assert torch.equal(seen[0], out)
+
+
+def test_a_replaced_forward_is_called() -> None:
+    # Offloading in accelerate puts a function in this place that brings the weights first.
+    layer, calls = ChannelMLP(6, 12), []
+    plain = layer.fc2.forward
+    layer.fc2.forward = lambda x: calls.append(x) or plain(x)
+    layer(torch.randn(4, 6))
+    assert len(calls) == 1
+
+
+def test_a_norm_between_the_layers_is_applied() -> None:
+    layer = ChannelMLP(6, 12, norm_layer=nn.LayerNorm)
+    x = torch.randn(4, 6)
+    torch.testing.assert_close(layer(x), layer.fc2(layer.norm(layer.act(layer.fc1(x)))))

@@ -122,7 +122,7 @@ def measure(
 ) -> list[Result]:
     """Measure allmlp's form of a network, the floor, and each peer that is on this machine, in turn in this process.
 
-    Every peer has the weights that allmlp's form runs with, and must give its output in float64 before it is timed.
+    Before a peer is timed, it must give in float64 the output of allmlp's form with the same weights.
 
     Args:
         setting: what to run.

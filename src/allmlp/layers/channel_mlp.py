@@ -2,7 +2,7 @@
 
 from jaxtyping import Float
 from timm.layers import Mlp
-from torch import Tensor
+from torch import Tensor, nn
 
 from allmlp.layers.recomputing import linear_after
 
@@ -14,6 +14,6 @@ class ChannelMLP(Mlp):
     """
 
     def forward(self, x: Float[Tensor, "*batch channels"]) -> Float[Tensor, "*batch channels"]:
-        if self.training and self.drop1.p > 0:
+        if (self.training and self.drop1.p > 0) or type(self.norm) is not nn.Identity:
             return super().forward(x)
         return self.drop2(linear_after(self.fc2, self.act, self.fc1(x)))

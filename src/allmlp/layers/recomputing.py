@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from allmlp.layers.token_linear import TokenLinear
-from allmlp.ops.recomputing import Across, recomputing_linear
+from allmlp.ops.recomputing import Across, recomputing_linear, worth_recomputing
 
 _ACROSS: dict[type[nn.Module], Across] = {nn.Linear: "channels", TokenLinear: "tokens"}
 
@@ -25,15 +25,17 @@ def linear_after(linear: nn.Module, prologue: Callable[..., Tensor], *inputs: Te
     across = _ACROSS.get(type(linear))
     if across is None or is_watched(linear) or not all(isinstance(x, Tensor) for x in inputs):
         return linear(prologue(*inputs))
+    if not worth_recomputing(*inputs, linear.weight, linear.bias):  # type: ignore[arg-type]
+        return linear(prologue(*inputs))
     return recomputing_linear(across, prologue, inputs, linear.weight, linear.bias)  # type: ignore[arg-type]
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether something is called whenever `module` is."""
+    """Whether something else is called whenever `module` is: a hook, or what was put in the place of its `forward`."""
     hooks = (
         module._forward_hooks,
         module._forward_pre_hooks,
         module._backward_hooks,
         module._backward_pre_hooks,
     )
-    return any(map(bool, hooks)) or bool(_has_any_global_hook())
+    return any(map(bool, hooks)) or bool(_has_any_global_hook()) or "forward" in vars(module)
