@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from allmlp._version import __version__
+from allmlp.distributed import is_first_process
 from allmlp.errors import Interrupted, UserError
 from allmlp.training.recipe import RECIPES, Recipe, make_recipe, read_settings, task_of
 
@@ -352,7 +353,7 @@ def _quieten() -> None:
     log = logging.getLogger("allmlp")
     log.handlers[:] = [handler]
     log.propagate = False
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.INFO if is_first_process() else logging.ERROR)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from allmlp.checkpoints.run_directory import CHECKPOINT, atomic_path
+from allmlp.distributed import is_first_process
 
 _log = logging.getLogger(__name__)
 
@@ -173,13 +174,13 @@ class TensorBoard(TensorBoardCallback):
     def __init__(self, directory: Path, module: nn.Module, example: Tensor, resumed_at: int | None = None):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(directory), purge_step=resumed_at)
+        self.writer = SummaryWriter(str(directory), purge_step=resumed_at) if is_first_process() else None
         super().__init__(self.writer)
         self.module, self.example = module, example
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
-        if not state.is_world_process_zero:
+        if self.writer is None:
             return
         training = self.module.training
         device = next(self.module.parameters()).device

@@ -17,6 +17,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from allmlp._version import __version__
 from allmlp.checkpoints import run_directory
+from allmlp.distributed import is_first_process
 from allmlp.errors import Interrupted, UserError
 from allmlp.training.callbacks import EMA_WEIGHTS, AveragedWeights, DataEpoch, Interruption, Progress
 from allmlp.training.recipe import Recipe, recipe_to_yaml
@@ -141,6 +142,7 @@ def training_arguments(recipe: Recipe, output: Path, workers: int = 0) -> Traini
         save_total_limit=recipe.keep,
         dataloader_num_workers=workers,
         dataloader_pin_memory=not on_cpu,
+        ddp_find_unused_parameters=False,
         remove_unused_columns=False,
         disable_tqdm=True,
         report_to=[],
@@ -189,7 +191,7 @@ def prepare_output(output: Path, recipe: Recipe, *, resume: bool, overwrite: boo
         _log.info("going on from %s", checkpoint) if checkpoint else _log.warning(
             "%s has no complete checkpoint to go on from: starting at the beginning", output
         )
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_process():
         if overwrite and not resume:
             run_directory.clear(output)
         run_directory.write_text(output / run_directory.RECIPE, recipe_to_yaml(recipe))
