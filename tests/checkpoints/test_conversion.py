@@ -2,6 +2,8 @@
 
 import json
 import logging
+import random
+import re
 
 import pytest
 import timm
@@ -137,6 +139,38 @@ class TestEveryTensorCounts:
         name = "layers.0.fn.fn.fn.proj_out.weight"
         with pytest.raises(UserError, match=r"of another shape"):
             convert_state_dict({**language, name: language[name].T}, facts=FACTS)
+
+
+def damaged(weights: dict[str, torch.Tensor], name: str, damage: str) -> dict[str, torch.Tensor]:
+    """The weights with one of them missing, misnamed or misshapen."""
+    if damage == "renamed":
+        return {key if key != name else key.replace("0", "7") + "x": tensor for key, tensor in weights.items()}
+    tensor = weights[name]
+    shapes = {
+        "scalar": torch.zeros(()),
+        "empty": torch.zeros(0, 4),
+        "vector": torch.zeros(5),
+        "five": torch.zeros(2, 3, 2, 3, 2),
+        "short": tensor[:-1],
+        "long": torch.cat([tensor, tensor]),
+    }
+    rest = {key: value for key, value in weights.items() if key != name}
+    return rest if damage == "missing" else {**rest, name: shapes[damage]}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("damage", ["missing", "renamed", "scalar", "empty", "vector", "five", "short", "long"])
+def test_a_damaged_checkpoint_is_refused_in_one_sentence(name: str, damage: str) -> None:
+    facts = json.loads((GOLDEN / name / "case.json").read_text())["facts"]
+    if name.startswith("as_mlp"):
+        facts = {"shift_size": 5}
+    (path,) = (GOLDEN / name).glob("checkpoint.*")
+    weights = conversion.unwrap(conversion.read_checkpoint(path)).tensors
+    # what a version does not use or does not have, and vocabularies of any size
+    free = re.compile(r"sgu\.proj|circulant|positional|embed\.weight|^0\.weight")
+    for weight in random.Random(name + damage).sample([key for key in sorted(weights) if not free.search(key)], 4):
+        with pytest.raises(UserError):
+            convert_state_dict(damaged(weights, weight, damage), facts=facts)
 
 
 class TestResult:

@@ -134,6 +134,16 @@ def test_toeplitz_factors_are_multiplied_out_exactly() -> None:
     assert any("float64" in note for note in found.notes)
 
 
+def test_toeplitz_factors_have_to_fit() -> None:
+    weights = torch.load(GOLDEN / "lucidrains_0_1_4_toeplitz_lm" / "checkpoint.pth")
+    name = "layers.0.fn.fn.sgu.circulant_pos_x"
+    with pytest.raises(UserError, match=r"circulant_pos_x' has shape \[2, 11\], its bias \[2, 12\]"):
+        convert_state_dict({**weights, name: weights[name][:, 1:]}, facts={"causal": True, "gate_act": None})
+    del weights[name]
+    with pytest.raises(UserError, match="one is missing"):
+        convert_state_dict(weights, facts={"causal": True, "gate_act": None})
+
+
 def test_a_model_without_embedding_is_refused_by_name() -> None:
     from g_mlp_pytorch import gMLP
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from allmlp.checkpoints.unwrapping import strip_prefix, unwrap
+from allmlp.checkpoints.unwrapping import check_weights, strip_prefix, unwrap
 from allmlp.errors import UserError
 
 WEIGHTS = {"a.weight": torch.zeros(2, 3), "a.bias": torch.zeros(2)}
@@ -61,13 +61,15 @@ def test_no_weights_are_an_error_that_says_what_there_is() -> None:
         (torch.zeros(2, 3, dtype=torch.int64), "has torch.int64"),
         (torch.eye(3).to_sparse(), "sparse"),
         (torch.zeros(2, 3, device="meta"), "has no data"),
+        (torch.tensor(1.0), r"has shape \[\]"),
+        (torch.zeros(0, 3), r"has shape \[0, 3\]"),
         (torch.zeros(1).expand(2**20, 2**20), r"claims shape \[1048576, 1048576\], the file holds less"),
     ],
-    ids=["integers", "sparse", "meta", "swelling"],
+    ids=["integers", "sparse", "meta", "scalar", "empty", "swelling"],
 )
 def test_what_is_no_plain_weight_is_refused(tensor: torch.Tensor, message: str) -> None:
     with pytest.raises(UserError, match=rf"'a\.weight'.*{message}"):
-        unwrap({**WEIGHTS, "a.weight": tensor})
+        check_weights({**WEIGHTS, "a.weight": tensor})
 
 
 @pytest.mark.parametrize("prefix", ["module.", "net.", "_orig_mod.", "model."])

@@ -26,7 +26,7 @@ from allmlp.checkpoints import (
 from allmlp.checkpoints.architecture import Architecture, LanguageArchitecture
 from allmlp.checkpoints.layout import Layout, Tensors, widest
 from allmlp.checkpoints.reading import read_checkpoint
-from allmlp.checkpoints.unwrapping import strip_prefix, unwrap
+from allmlp.checkpoints.unwrapping import check_weights, strip_prefix, unwrap
 from allmlp.errors import UserError, nearest
 
 LAYOUTS: tuple[Layout, ...] = (
@@ -145,6 +145,7 @@ def convert_state_dict(
         facts: As in `convert`.
         beside: What the trainer saved beside the weights, such as its configuration under `"config"`.
     """
+    check_weights(tensors)
     layout, tensors = _identify(tensors, source)
     known, notes = _known_facts(layout, facts or {}, beside or {})
     architecture, renamed = layout.convert(tensors, known)

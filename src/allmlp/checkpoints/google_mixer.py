@@ -20,6 +20,7 @@ from allmlp.checkpoints.layout import (
     shape,
     square_image,
 )
+from allmlp.errors import UserError
 from allmlp.vision import Mixer, mixer
 
 _BLOCK = {
@@ -65,7 +66,10 @@ def _mixer(tensors: Tensors, facts: Facts) -> tuple[VisionArchitecture, Tensors]
         module, _, parameter = name.rpartition(".")
         if parameter == "kernel":
             # Flax writes [in, out] and [height, width, in, out]
-            tensor = tensor.permute(3, 2, 0, 1) if tensor.dim() == 4 else tensor.T
+            order = {2: (1, 0), 4: (3, 2, 0, 1)}.get(tensor.dim())
+            if order is None:
+                raise UserError(f"The kernel of '{module}' has {tensor.dim()} dimensions; it should have 2 or 4.")
+            tensor = tensor.permute(order)
         renamed[f"{module}.{'bias' if parameter == 'bias' else 'weight'}"] = tensor
     return architecture, renamed
 

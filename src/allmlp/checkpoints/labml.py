@@ -23,7 +23,7 @@ def _labml(tensors: Tensors, facts: Facts) -> tuple[LanguageArchitecture, Tensor
     embedding = "src_embed.linear" if "src_embed.linear.weight" in tensors else "src_embed"
     vocab_size, hidden_size = shape(tensors, f"{embedding}.weight", 2)
     positions = tensors.pop(_POSITIONS, None)
-    if positions is not None and not _is_sinusoidal(positions):
+    if positions is not None and not _is_sinusoidal(positions, hidden_size):
         raise UserError(f"'{_POSITIONS}' are learnt; allmlp's gMLP has sinusoidal positions or none.")
     blocks = count(tensors, "encoder.layers.")
     causal = facts.get("causal", True)
@@ -49,11 +49,10 @@ def _labml(tensors: Tensors, facts: Facts) -> tuple[LanguageArchitecture, Tensor
     return architecture, rename(tensors, modules)
 
 
-def _is_sinusoidal(positions: Tensor) -> bool:
+def _is_sinusoidal(positions: Tensor, channels: int) -> bool:
     """Whether a table [positions, 1, channels] is the one the model computes, up to float32's rounding of angles."""
-    tokens, channels = positions.shape[0], positions.shape[-1]
-    table = sinusoids(torch.arange(tokens), channels)
-    return torch.allclose(positions.reshape(tokens, channels).float(), table, rtol=0, atol=1e-3)
+    table = sinusoids(torch.arange(len(positions)), channels).unsqueeze(1)
+    return positions.shape == table.shape and torch.allclose(positions.float(), table, rtol=0, atol=1e-3)
 
 
 def _recognises(tensors: Mapping[str, Tensor]) -> bool:

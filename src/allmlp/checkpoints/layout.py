@@ -59,7 +59,7 @@ class Layout:
     stored: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
 
 
-def shape(tensors: Mapping[str, Tensor], name: str, dims: int) -> tuple[int, ...]:
+def shape(tensors: Mapping[str, Tensor], name: str, *dims: int) -> tuple[int, ...]:
     """A tensor's shape.
 
     Raises:
@@ -68,8 +68,9 @@ def shape(tensors: Mapping[str, Tensor], name: str, dims: int) -> tuple[int, ...
     if name not in tensors:
         raise UserError(f"The weight '{name}' is missing.")
     size = tuple(tensors[name].shape)
-    if len(size) != dims:
-        raise UserError(f"The weight '{name}' has shape {list(size)}; it should have {dims} dimensions.")
+    if len(size) not in dims:
+        wanted = " or ".join(map(str, dims))
+        raise UserError(f"The weight '{name}' has shape {list(size)}; it should have {wanted} dimensions.")
     return size
 
 

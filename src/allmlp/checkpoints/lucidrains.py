@@ -95,21 +95,19 @@ def _blocks(tensors: Tensors) -> tuple[_Blocks, Tensors]:
     notes = []
     if len(tensors) < len(given):
         notes.append("Every block's 'sgu.proj' is left out: g-mlp-pytorch 0.1.0 and 0.1.1 save it, but do not use it.")
-    units = [f"{path}.{ours['sgu']}" for path in paths]
-    if any(_is_toeplitz(tensors, unit) for unit in units):
-        for unit in units:
-            _multiply_out(tensors, unit)
+    toeplitz = [_multiply_out(tensors, f"{path}.{ours['sgu']}") for path in paths]
+    if any(toeplitz):
         notes.append(
-            "The Toeplitz weights are multiplied out with their position factors, in float64 to lose nothing: the model "
-            "is in float64."
+            "The Toeplitz weights are multiplied out with their position factors, in float64 to lose nothing: the "
+            "model is in float64."
         )
-    bias = tensors[f"{paths[0]}.{ours['sgu']}.bias"]
+    *heads, tokens = shape(tensors, f"{paths[0]}.{ours['sgu']}.bias", 1, 2)
     return _Blocks(
         paths=paths,
         names=names,
         hidden=shape(tensors, f"{paths[0]}.{ours['proj_in']}.weight", 2)[0],
-        tokens=bias.shape[-1],
-        heads=bias.shape[0] if bias.dim() == 2 else 1,
+        tokens=tokens,
+        heads=heads[0] if heads else 1,
         attention_size=attention_size,
         notes=tuple(notes),
     ), tensors
@@ -125,27 +123,32 @@ def _paths(tensors: Mapping[str, Tensor]) -> list[str]:
     return [f"{prefix}{number}.fn" for number in numbers]
 
 
-def _is_toeplitz(tensors: Tensors, unit: str) -> bool:
-    """Whether a unit of `circulant_matrix=True`: it has as many weights as biases."""
-    return tensors[f"{unit}.weight"].dim() == tensors[f"{unit}.bias"].dim()
+def _multiply_out(tensors: Tensors, unit: str) -> bool:
+    """Puts a dense weight in place of the factors of a unit of `circulant_matrix=True`; returns whether it is one.
 
-
-def _multiply_out(tensors: Tensors, unit: str) -> None:
-    """Puts a dense weight in place of the factors that `circulant_matrix=True` multiplies in each forward pass.
-
-    `W[i, j] = w[n − 1 − i + j] · pos_x[i] · pos_y[j]` for `j ≤ i`, else 0: lower triangular and, but for the positions,
-    Toeplitz, not circulant. In float64, as the original does when it is in float64.
+    It has as many weights as biases. `W[i, j] = w[n − 1 − i + j] · pos_x[i] · pos_y[j]` for `j ≤ i`, else 0: lower
+    triangular and, but for the positions, Toeplitz, not circulant. In float64, as in the original in float64.
     """
-    weight = tensors[f"{unit}.weight"]
-    tokens = weight.shape[-1]
-    positions = torch.arange(tokens)
-    lag = tokens - 1 - positions.unsqueeze(1) + positions
-    dense = weight.double()[..., lag.clamp(max=tokens - 1)] * (lag < tokens)
-    for name, dim in (("circulant_pos_x", -1), ("circulant_pos_y", -2)):
-        factors = tensors.pop(f"{unit}.{name}", None)
-        if factors is not None:
-            dense = dense * factors.double().unsqueeze(dim)
+    bias, weight = shape(tensors, f"{unit}.bias", 1, 2), shape(tensors, f"{unit}.weight", 1, 2, 3)
+    if len(weight) != len(bias):
+        return False
+    names = [name for name in ("weight", "circulant_pos_x", "circulant_pos_y") if f"{unit}.{name}" in tensors]
+    if len(names) == 2:
+        raise UserError(f"Of the position factors of '{unit}' one is missing.")
+    for name in names:
+        if shape(tensors, f"{unit}.{name}", len(bias)) != bias:
+            found = list(tensors[f"{unit}.{name}"].shape)
+            raise UserError(f"The weight '{unit}.{name}' has shape {found}, its bias {list(bias)}.")
+    factors = {name: tensors.pop(f"{unit}.{name}").double() for name in names}
+    positions = torch.arange(bias[-1])
+    lag = bias[-1] - 1 - positions.unsqueeze(1) + positions
+    dense = factors["weight"][..., lag.clamp(max=bias[-1] - 1)] * (lag < bias[-1])
+    if "circulant_pos_x" in factors:
+        dense = dense * factors["circulant_pos_x"].unsqueeze(-1)
+    if "circulant_pos_y" in factors:
+        dense = dense * factors["circulant_pos_y"].unsqueeze(-2)
     tensors[f"{unit}.weight"] = dense
+    return True
 
 
 def _language(tensors: Tensors, facts: Facts) -> tuple[LanguageArchitecture, Tensors]:

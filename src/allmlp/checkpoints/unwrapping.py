@@ -38,7 +38,7 @@ def unwrap(contents: Mapping[str, Any]) -> Unwrapped:
         contents: As `read_checkpoint` gives them.
 
     Raises:
-        UserError: There are no weights in it, or some are no plain floating-point tensors.
+        UserError: There are no weights in it.
     """
     beside: dict[str, Any] = {}
     notes = []
@@ -55,8 +55,6 @@ def unwrap(contents: Mapping[str, Any]) -> Unwrapped:
         beside["n_averaged"] = None
     if not tensors:
         raise UserError(f"It holds no weights, only {', '.join(map(repr, contents)) or 'nothing'}.")
-    for name, tensor in tensors.items():
-        _check(name, tensor)
     if beside:
         notes.append(f"Left aside, since it is no weights: {', '.join(map(repr, beside))}.")
     return Unwrapped(tensors=tensors, beside=beside, notes=notes)
@@ -70,19 +68,27 @@ def strip_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
     return None
 
 
+def check_weights(tensors: Mapping[str, Tensor]) -> None:
+    """Does nothing where all tensors are plain weights.
+
+    Raises:
+        UserError: One is not named, not dense, not floating point, has no numbers or fewer than its shape says.
+    """
+    for name, tensor in tensors.items():
+        if not isinstance(name, str):
+            raise UserError(f"A weight is named {name!r}, which is no text.")
+        if tensor.layout != torch.strided or tensor.is_meta or not tensor.is_floating_point():
+            kind = "no data" if tensor.is_meta else f"{tensor.dtype} in layout {tensor.layout}"
+            raise UserError(f"The weight '{name}' has {kind}; weights are dense and floating point.")
+        if tensor.dim() == 0 or tensor.numel() == 0:
+            raise UserError(f"The weight '{name}' has shape {list(tensor.shape)}, which is none of a weight.")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise UserError(f"The weight '{name}' claims shape {list(tensor.shape)}, the file holds less.")
+
+
 def _holds_tensors(value: Any, depth: int = 3) -> bool:
     if not isinstance(value, Mapping) or depth == 0:
         return False
     return any(isinstance(item, Tensor) for item in value.values()) or any(
         _holds_tensors(value.get(name), depth - 1) for name in _HOLDERS
     )
-
-
-def _check(name: str, tensor: Tensor) -> None:
-    if not isinstance(name, str):
-        raise UserError(f"A weight is named {name!r}, which is no text.")
-    if tensor.layout != torch.strided or tensor.is_meta or not tensor.is_floating_point():
-        kind = "no data" if tensor.is_meta else f"{tensor.dtype} in layout {tensor.layout}"
-        raise UserError(f"The weight '{name}' has {kind}; weights are dense and floating point.")
-    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise UserError(f"The weight '{name}' claims shape {list(tensor.shape)}, the file holds less.")

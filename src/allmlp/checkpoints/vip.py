@@ -60,14 +60,14 @@ def _segments(tensors: Tensors, attn: str, channels: int, grid: tuple[int, int])
     """The number N of segments that gives `mlp_h` and `mlp_w` their sizes, `size · channels / N`, on this map."""
     found = set()
     for name, size in (("mlp_h", grid[0]), ("mlp_w", grid[1])):
-        length = shape(tensors, f"{attn}.{name}.weight", 2)[0]
-        found.add(size * channels / length)
-    if len(found) != 1 or channels % (segments := found.pop()):
+        found.add(divmod(size * channels, shape(tensors, f"{attn}.{name}.weight", 2)[0]))
+    segments, rest = found.pop()
+    if found or rest or segments == 0 or channels % segments:
         raise UserError(
             f"The weights of '{attn}' do not fit a map of {grid[0]}×{grid[1]}. No checkpoint of ViP stores the image "
             "size: give it, img_size=[height, width] in pixels."
         )
-    return int(segments)
+    return segments
 
 
 LAYOUTS = (
