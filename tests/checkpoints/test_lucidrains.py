@@ -111,6 +111,12 @@ class TestVersions:
     def test_a_convolution_that_was_saved_and_not_used_is_left_out_and_that_is_said(self) -> None:
         found = parity.golden(GOLDEN / "lucidrains_0_1_1_masked_lm").convert()
         assert any("'sgu.proj' is left out" in note for note in found.notes)
+        weights = originals.lucidrains_image().model.state_dict()
+        unused = {
+            "layers.0.fn.fn.sgu.proj.weight": torch.zeros(9, 9, 1),
+            "layers.0.fn.fn.sgu.proj.bias": torch.zeros(9),
+        }
+        assert any("'sgu.proj' is left out" in note for note in convert_state_dict({**weights, **unused}).notes)
 
     @pytest.mark.parametrize(
         "layer", ["layers.0.fn.3.attn", "layers.0.fn.fn.2.attn", "1.fn.3.attn"], ids=["0.0.5", "0.0.11", "0.0.3"]

@@ -120,7 +120,7 @@ def google(clone: Path) -> None:
     y = model.apply({"params": jax.tree_util.tree_unflatten(flat[1], leaves)}, x, train=False)
     upstream = {**sizes, "patch_size": 4, "img_size": 16}
     arrays = (x.transpose(0, 3, 1, 2), np.asarray(y))
-    folder = save("google_mixer", "google", "google-research/vision_transformer", upstream, {}, arrays)
+    folder = save("google_mixer", "google-mixer", "google-research/vision_transformer", upstream, {}, arrays)
     np.savez(folder / "checkpoint.npz", **weights)
 
 

@@ -4,8 +4,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from allmlp.checkpoints.architecture import VisionArchitecture, ratio, vision_architecture
-from allmlp.checkpoints.layout import Fact, Facts, Layout, Tensors, count, numbered, parse_size, rename, shape
-from allmlp.ops.axial_shift import check_shift_size
+from allmlp.checkpoints.layout import (
+    Fact,
+    Facts,
+    Layout,
+    Tensors,
+    count,
+    numbered,
+    parse_count,
+    parse_size,
+    rename,
+    shape,
+)
 from allmlp.vision import ASMLP, asmlp
 
 _BLOCK = {
@@ -70,9 +80,8 @@ def _stored(beside: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _parse_shift_size(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if parse_count(value) % 2 == 0:
         raise ValueError("an odd number")
-    check_shift_size(value)
     return value
 
 

@@ -284,7 +284,7 @@ def _known_facts(
         raise MissingFacts(
             f"This is {kind}, which does not store {' and '.join(names)}. Give "
             + "; ".join(f"{fact.name}: {fact.help}" for fact in missing)
-            + ".",
+            + f" (on the command line: --set {' '.join(f'{name}=…' for name in names)}).",
             names,
         )
     assumed = [fact for fact in layout.facts if fact.assumed and fact.name not in known]

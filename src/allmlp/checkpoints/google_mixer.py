@@ -87,7 +87,7 @@ def _recognises(tensors: Mapping[str, Tensor]) -> bool:
 
 LAYOUTS = (
     Layout(
-        source="google",
+        source="google-mixer",
         family="MLP-Mixer",
         recognises=_recognises,
         convert=_mixer,

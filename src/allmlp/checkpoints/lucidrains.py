@@ -211,7 +211,7 @@ def _image(tensors: Tensors, facts: Facts) -> tuple[VisionArchitecture, Tensors]
     renamed = rename(tensors, {stem: "stem.proj", norm: "norm", head: "head", **blocks.modules("blocks")})
     # a linear map of patches flattened as (channel, row, column) is the convolution
     renamed["stem.proj.weight"] = renamed["stem.proj.weight"].reshape(embed_dim, in_chans, *patch_size)
-    return architecture, renamed
+    return replace(architecture, notes=blocks.notes), renamed
 
 
 def _parse_gate_act(value: Any) -> str | None:
