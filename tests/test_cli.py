@@ -229,3 +229,16 @@ class TestConvert:
             main(["convert", "x.pth", "--output", "y", "--set", fact])
         assert left.value.code == 2
         assert f"'{fact}'" in capsys.readouterr().err
+
+
+def test_two_processes_train_one_model(tmp_path: Path) -> None:
+    data, run = str(write_classes(tmp_path / "pictures", each=10)), tmp_path / "run"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "allmlp"]
+    command = [*launch, "train", data, "--output", str(run), *TINY, "--batch-size", "4", "--ema", "0.9"]
+    done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("held-out images") == 1
+    assert done.stderr.count("epoch   4.0 of 4") == 1
+    assert json.loads((run / "metrics.json").read_text())["steps"] == 12
+    assert len(list((run / "tensorboard").iterdir())) == 1

@@ -208,12 +208,12 @@ def _predict(options: argparse.Namespace) -> None:
     from allmlp.training import evaluation
 
     found = evaluation.predict(options.run_directory, options.files, top_k=options.top_k, strict=options.strict)
-    _answer(options, found, lambda: evaluation.predictions_text(found))
     broken = [f"{entry['file']} ({entry['error']})" for entry in found if "error" in entry]
     if broken:
         logging.getLogger("allmlp").warning("left out %d of %d: %s", len(broken), len(found), ", ".join(broken[:5]))
     if len(broken) == len(found):
         raise UserError("None of the files can be read as an image.")
+    _answer(options, found, lambda: evaluation.predictions_text(found))
 
 
 def _add_convert(commands: Any) -> None:
@@ -359,6 +359,7 @@ def _quieten() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 
 
 class _Lines(logging.Formatter):
