@@ -32,7 +32,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _is_command_line() -> bool:
-    """Whether this process is the `allmlp` command, or `python -m allmlp`, which Python imports with argv[0] == "-m"."""
+    """Whether this process is the `allmlp` command or `python -m allmlp`, for which argv[0] is "-m" at this point."""
     return bool(sys.argv) and (sys.argv[0] == "-m" or Path(sys.argv[0]).stem == "allmlp")
 
 
