@@ -57,7 +57,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="allmlp", description="Neural networks without attention.")
     parser.add_argument("--version", action="version", version=f"allmlp {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_models, _add_info, _add_train, _add_evaluate, _add_predict, _add_convert, _add_benchmark):
+    for add in (
+        _add_models,
+        _add_info,
+        _add_train,
+        _add_evaluate,
+        _add_predict,
+        _add_generate,
+        _add_convert,
+        _add_benchmark,
+    ):
         add(commands)
     return parser
 
@@ -117,30 +126,34 @@ def _add_train(commands: Any) -> None:
         nargs="?",
         metavar="DATA",
         default=argparse.SUPPRESS,
-        help="digits, a folder of class folders, parquet files, or a Hub dataset's name; "
-        "may be left out where the recipe names it",
+        help="images: digits, a folder of class folders; text: python-stdlib, a text file, a folder of them, a CSV "
+        "file; either: parquet files, or a Hub dataset's name; may be left out where the recipe names it",
+    )
+    parser.add_argument(
+        "--task", choices=RECIPES, default=argparse.SUPPRESS, help="what to learn (default: what the model is for)"
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="the run directory")
     parser.add_argument("--recipe", metavar="FILE", help="hyper-parameters from a YAML file; flags win over it")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the run directory")
     parser.add_argument("--overwrite", action="store_true", help="replace a former run in the run directory")
     parser.add_argument("--json", action="store_true", help="answer with the metrics in JSON")
-    common = {field.name for field in dataclasses.fields(Recipe)}
-    _add_recipe_flags(parser.add_argument_group("hyper-parameters"), Recipe, set())
+    known = {"data"}
+    _add_recipe_flags(parser.add_argument_group("hyper-parameters"), Recipe, known)
     for task, kind in RECIPES.items():
-        _add_recipe_flags(parser.add_argument_group(f"hyper-parameters of {task}"), kind, common)
+        _add_recipe_flags(parser.add_argument_group(f"hyper-parameters of {task}"), kind, known)
 
 
 def _add_recipe_flags(group: Any, kind: type[Recipe], known: set[str]) -> None:
-    """One flag for each of a recipe's fields; a flag not given leaves no trace."""
+    """One flag for each of a recipe's fields that is not known yet; a flag not given leaves no trace."""
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
-        if field.name in known or field.name == "data":
+        if field.name in known:
             continue
+        known.add(field.name)
         flag = field.metadata["flag"] or f"--{field.name.replace('_', '-')}"
         text = field.metadata["help"].replace("%", "%%")
-        if field.default is not None and isinstance(field.default, (int, float, str)) and hints[field.name] is not bool:
-            text += f" (default: {field.default})"
+        if isinstance(field.default, (int, float, str)) and hints[field.name] is not bool:
+            text += f" (default: {_default(field.name)})"
         settings: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": text}
         if hints[field.name] is bool:
             settings["action"] = argparse.BooleanOptionalAction
@@ -149,6 +162,18 @@ def _add_recipe_flags(group: Any, kind: type[Recipe], known: set[str]) -> None:
         else:
             settings["metavar"] = field.name.upper()
         group.add_argument(flag, **settings)
+
+
+def _default(name: str) -> str:
+    """A field's default, task by task where they differ."""
+    defaults: dict[str, list[str]] = {}
+    for task, kind in RECIPES.items():
+        for field in dataclasses.fields(kind):
+            if field.name == name:
+                defaults.setdefault(str(field.default), []).append(task)
+    if len(defaults) == 1:
+        return next(iter(defaults))
+    return "; ".join(f"{default} for {', '.join(tasks)}" for default, tasks in defaults.items())
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -168,7 +193,7 @@ def _recipe(options: argparse.Namespace) -> Recipe:
         settings |= read_settings(former)
     if options.recipe:
         settings |= read_settings(options.recipe)
-    names = {field.name for kind in RECIPES.values() for field in dataclasses.fields(kind)}
+    names = {"task"} | {field.name for kind in RECIPES.values() for field in dataclasses.fields(kind)}
     settings |= {name: value for name, value in vars(options).items() if name in names}
     kind = RECIPES[task_of(settings)]
     settings.pop("task", None)
@@ -176,17 +201,34 @@ def _recipe(options: argparse.Namespace) -> Recipe:
 
 
 def _add_evaluate(commands: Any) -> None:
-    parser = _command(commands, "evaluate", _evaluate, "measure a run's accuracy, class by class")
+    parser = _command(
+        commands, "evaluate", _evaluate, "measure a run's accuracy, class by class, or a text's nats and bits"
+    )
     parser.add_argument("run_directory", metavar="RUN", help="a run directory")
     parser.add_argument(
         "data", nargs="?", metavar="DATA", help="as for train; of the run's own data (the default) the held-out part"
     )
-    parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="images at a time (default: 256)")
+    parser.add_argument(
+        "--batch-size", type=int, default=256, metavar="N", help="images or windows of text at a time (default: 256)"
+    )
     parser.add_argument("--strict", action="store_true", help="fail at an image that cannot be read")
+    parser.add_argument(
+        "--stride", type=int, metavar="N", help="tokens from one window of text to the next (default: the context)"
+    )
     parser.add_argument("--json", action="store_true", help="answer in JSON")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    from allmlp.checkpoints import run_directory
+
+    if run_directory.read_config(options.run_directory)["model_type"] == run_directory.LANGUAGE:
+        from allmlp.training import language_evaluation, language_report
+
+        measured = language_evaluation.evaluate(
+            options.run_directory, options.data, batch_size=options.batch_size, stride=options.stride
+        )
+        _answer(options, measured, lambda: language_report.evaluation_text(measured))
+        return
     from allmlp.training import evaluation
 
     found = evaluation.evaluate(
@@ -214,6 +256,38 @@ def _predict(options: argparse.Namespace) -> None:
     if len(broken) == len(found):
         raise UserError("None of the files can be read as an image.")
     _answer(options, found, lambda: evaluation.predictions_text(found))
+
+
+def _add_generate(commands: Any) -> None:
+    parser = _command(commands, "generate", _generate, "let a language model write")
+    parser.add_argument("run_directory", metavar="RUN", help="a run directory")
+    parser.add_argument(
+        "--prompt", action="append", required=True, metavar="TEXT", help="how the text begins; may be repeated"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="tokens to write (default: 200)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, metavar="T", help="0: the likeliest token each time (default: 0.8)"
+    )
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest (default: 0, all)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest with this share")
+    parser.add_argument("--beams", type=int, default=1, metavar="N", help="beam search (default: 1, none)")
+    parser.add_argument(
+        "--context-overflow",
+        choices=("stop", "reprefill"),
+        default="stop",
+        help="where the context is full: stop (default), or go on from its last half",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default: 0)")
+    parser.add_argument("--json", action="store_true", help="answer in JSON")
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from allmlp.training import language_evaluation
+
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "beams", "context_overflow", "seed")
+    settings = {name: getattr(options, name) for name in names}
+    written = language_evaluation.generate(options.run_directory, options.prompt, **settings)
+    _answer(options, written, lambda: "\n\n".join(entry["prompt"] + entry["text"] for entry in written))
 
 
 def _add_convert(commands: Any) -> None:

@@ -2,11 +2,9 @@
 
 import dataclasses
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import Tensor, nn
@@ -208,15 +206,9 @@ def write_run_directory(
     if isinstance(architecture, LanguageArchitecture):
         if classes:
             raise UserError("This is a language model: it has no classes to be named.")
-        parts = [model, *([_tokenizer(tokenizer, architecture)] if tokenizer else [])]
+        beside = _tokenizer(tokenizer, architecture) if tokenizer else None
         run_directory.clear(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=directory, prefix=".") as temporary:
-            for part in parts:
-                part.save_pretrained(temporary)
-            # the configuration last, which makes it a run directory
-            for path in sorted(Path(temporary).iterdir(), key=lambda path: path.name == run_directory.CONFIG):
-                os.replace(path, directory / path.name)
+        run_directory.save_language(directory, model, beside)
         return
     if tokenizer:
         raise UserError("This is an image model: it has no tokenizer.")

@@ -1,7 +1,8 @@
 """A run directory: a model as plain files, loadable by transformers, by timm and by `load`.
 
 For images it is what transformers calls a TimmWrapper checkpoint: `config.json` names timm's architecture with its
-arguments, `model.safetensors` holds timm's own keys.
+arguments, `model.safetensors` holds timm's own keys. A language model lies there as transformers saves it, with its
+tokenizer.
 """
 
 import contextlib
@@ -22,7 +23,13 @@ from allmlp.errors import UserError, nearest
 
 CONFIG, WEIGHTS, RECIPE, METRICS, REPORT = "config.json", "model.safetensors", "recipe.yaml", "metrics.json", "report"
 CHECKPOINT = "checkpoint-"
-VISION = "timm_wrapper"
+VISION, LANGUAGE = "timm_wrapper", "gmlp"
+# What a run of each kind of model does, by transformers' names of tasks.
+_LANGUAGE_TASKS = {
+    "GMLPForCausalLM": "text-generation",
+    "GMLPForMaskedLM": "fill-mask",
+    "GMLPForSequenceClassification": "text-classification",
+}
 _PREFIX = "timm_model."
 
 TimmModel = Any
@@ -100,6 +107,29 @@ def save_classifier(wrapped: Any, directory: str | Path) -> None:
     write_text(directory / CONFIG, wrapped.config.to_json_string(use_diff=True))
 
 
+def save_language(directory: str | Path, model: Any, tokenizer: Any = None) -> None:
+    """Writes a language model and its tokenizer as transformers saves them, each file all at once.
+
+    Args:
+        directory: The run directory; made where it is missing.
+        model: A model of `allmlp.language`.
+        tokenizer: A tokenizer of transformers.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    if tokenizer is not None and tokenizer.is_fast:
+        # it would be saved with the padding and the length of the last call
+        tokenizer.backend_tokenizer.no_padding()
+        tokenizer.backend_tokenizer.no_truncation()
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".") as temporary:
+        for part in (model, tokenizer):
+            if part is not None:
+                part.save_pretrained(temporary)
+        # the configuration last, which makes it a run directory
+        for path in sorted(Path(temporary).iterdir(), key=lambda path: path.name == CONFIG):
+            os.replace(path, directory / path.name)
+
+
 def read_config(directory: str | Path) -> dict[str, Any]:
     """A run directory's `config.json`.
 
@@ -123,10 +153,26 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     return config
 
 
-def load(source: str | Path) -> TimmModel:
-    """The model of a run directory, ready to use: timm's module for images, in eval mode, on the CPU.
+def task(source: str | Path) -> str:
+    """What the model of a run directory does, by transformers' name, such as `image-classification`.
 
-    Its `pretrained_cfg` says how images are prepared for it and holds the classes' names under `label_names`.
+    Raises:
+        UserError: It is no run directory, or its model does nothing by itself.
+    """
+    config = read_config(source)
+    if config["model_type"] == VISION:
+        return "image-classification"
+    for name in config.get("architectures") or []:
+        if config["model_type"] == LANGUAGE and name in _LANGUAGE_TASKS:
+            return _LANGUAGE_TASKS[name]
+    raise UserError(f"{source} holds a model of type '{config['model_type']}' without a head that allmlp knows.")
+
+
+def load(source: str | Path) -> TimmModel:
+    """The model of a run directory, ready to use, in eval mode, on the CPU.
+
+    Of images it is timm's module; its `pretrained_cfg` says how they are prepared for it and holds the classes' names
+    under `label_names`. Of text it is transformers' model.
 
     Args:
         source: A run directory or one of its checkpoints.
@@ -135,9 +181,36 @@ def load(source: str | Path) -> TimmModel:
         UserError: It is no run directory, its architecture is unknown, or config and weights do not match.
     """
     config = read_config(source)
+    if config["model_type"] == LANGUAGE:
+        return load_language(source, config)
     if config["model_type"] != VISION:
         raise UserError(f"{source} holds a model of type '{config['model_type']}', which allmlp does not know.")
     return load_classifier(source, config)
+
+
+def load_language(directory: str | Path, config: Mapping[str, Any]) -> Any:
+    """The language model that a configuration describes, with the weights beside it, in eval mode."""
+    from transformers.utils import logging as transformers_logging
+
+    from allmlp import language
+
+    names = [name for name in config.get("architectures") or [] if name in language.__all__]
+    kind = getattr(language, names[0]) if names else language.GMLPModel
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        loaded: Any = kind.from_pretrained(directory, output_loading_info=True, local_files_only=True)
+    # transformers, safetensors and the configuration each have errors of their own
+    except Exception as error:
+        raise UserError(f"The language model in {directory} cannot be loaded: {str(error).strip()}") from error
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+    model, report = loaded
+    found = [f"{len(keys)} {what}: {_listed(sorted(map(str, keys)))}" for what, keys in report.items() if keys]
+    if found:
+        raise UserError(f"The weights of {directory} do not match the model.\n  " + "\n  ".join(found))
+    return model.eval()
 
 
 def load_classifier(directory: str | Path, config: Mapping[str, Any]) -> TimmModel:

@@ -32,7 +32,7 @@ def find(data: str, image_column: str | None = None, label_column: str | None = 
             raise UserError(f"{data} is a file; images come from a folder of class folders or a .parquet file.")
         return table({"train": [str(path)]}, data, image_column, label_column)
     if path.is_dir():
-        parquet = _parquet_splits(path)
+        parquet = parquet_splits(path)
         return table(parquet, data, image_column, label_column) if parquet else folder(path)
     if data.startswith((".", "/", "~")) or data.count("/") > 1 or (os.sep != "/" and os.sep in data):
         raise UserError(f"There is no file or folder {data}.")
@@ -191,7 +191,7 @@ def _given_column(features: Mapping[str, Any], data: str, wanted: str) -> str:
     return wanted
 
 
-def _parquet_splits(path: Path) -> dict[str, list[str]]:
+def parquet_splits(path: Path) -> dict[str, list[str]]:
     """The parquet files of a folder by split, told from how their names begin; all are `train` where none says so."""
     files = sorted(path.rglob("*.parquet"))
     named = {

@@ -107,9 +107,13 @@ class GMLPConfig(PreTrainedConfig):
         return cls(**{**VARIANTS[name], **overrides})
 
 
+# For laptops: dense weights, the tokenizer's vocabulary.
+_NANO = {"num_hidden_layers": 8, "hidden_size": 128, "intermediate_size": 512, "max_position_embeddings": 64}
 # Appendix C's models: 32k tied vocabulary, length 512, Toeplitz weights; d_ffn before the split.
 _PAPER = {"vocab_size": 32_000, "max_position_embeddings": 512, "spatial_weight": "toeplitz"}
 VARIANTS: dict[str, dict[str, Any]] = {
+    "gmlp_nano": {**_NANO},
+    "amlp_nano": {**_NANO, "tiny_attention_size": 32},
     "gmlp_base": {**_PAPER, "num_hidden_layers": 48, "hidden_size": 512, "intermediate_size": 3072},
     "gmlp_large": {**_PAPER, "num_hidden_layers": 96, "hidden_size": 768, "intermediate_size": 3072},
     "gmlp_xlarge": {**_PAPER, "num_hidden_layers": 144, "hidden_size": 1024, "intermediate_size": 4096},

@@ -10,7 +10,12 @@ if TYPE_CHECKING:
     from allmlp.training.recipe import Recipe
 
 # The modules are imported when their task comes up: the command line's help needs none of them.
-_TRAINERS = {"image-classification": "allmlp.training.vision"}
+_TRAINERS = {
+    "image-classification": "allmlp.training.vision",
+    "text-generation": "allmlp.training.language",
+    "fill-mask": "allmlp.training.language",
+    "text-classification": "allmlp.training.language",
+}
 
 
 def train(recipe: Recipe, output: str | Path, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:

@@ -137,19 +137,85 @@ class VisionRecipe(Recipe):
             raise UserError(f"img_size is {self.img_size}; it must be positive.")
 
 
-RECIPES: dict[str, type[Recipe]] = {VisionRecipe.task: VisionRecipe}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LanguageRecipe(Recipe):
+    """What learning from text has in common."""
+
+    context: int | None = option(None, "tokens a model reads at once; by default the model's own length")
+    tokenizer: str | None = option(
+        None, "bytes (the default), characters, or a tokenizer's file, directory or name; with --from the run's own"
+    )
+    train_tokenizer: int | None = option(None, "train a tokenizer of this many tokens on the text")
+    text_column: str | None = option(None, "column of the texts in a parquet or CSV file or Hub dataset")
+    holdout: float = option(0.1, "share held out at the end, where the data has no validation split (classes: of each)")
+    dropout: float | None = option(None, "dropout of embedding and blocks; by default the model's own")
+    survival: float | None = option(None, "probability that a block is kept in a step; by default the model's own")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("at least 1", lambda v: v >= 1, "context", "train_tokenizer")
+        self._require("above 0 and below 1", lambda v: 0 < v < 1, "holdout")
+        self._require("at least 0 and below 1", lambda v: 0 <= v < 1, "dropout")
+        self._require("above 0 and at most 1", lambda v: 0 < v <= 1, "survival")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CausalRecipe(LanguageRecipe):
+    """Causal language modelling: each token from those before it."""
+
+    task: ClassVar[str] = "text-generation"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MaskedRecipe(LanguageRecipe):
+    """Masked language modelling: hidden tokens from those around them."""
+
+    task: ClassVar[str] = "fill-mask"
+
+    mask_share: float = option(0.15, "share of the tokens that are hidden and predicted")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("above 0 and below 1", lambda v: 0 < v < 1, "mask_share")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextClassificationRecipe(LanguageRecipe):
+    """Classes of whole texts."""
+
+    task: ClassVar[str] = "text-classification"
+
+    label_column: str | None = option(None, "column of the classes in a parquet or CSV file or Hub dataset")
+
+
+_KINDS = (VisionRecipe, CausalRecipe, MaskedRecipe, TextClassificationRecipe)
+RECIPES: dict[str, type[Recipe]] = {kind.task: kind for kind in _KINDS}
 
 
 def task_of(settings: Mapping[str, Any]) -> str:
-    """The task that settings are for: the one they name, else image classification.
+    """The task that settings are for: the one they name, else the one their model is for.
+
+    A language model that is named learns to generate text; a run to start from goes on with its own task.
 
     Raises:
         UserError: There is no such task.
     """
-    task = settings.get("task", VisionRecipe.task)
+    task = settings.get("task") or _task_of_model(settings.get("model"), settings.get("start_from"))
     if task not in RECIPES:
         raise UserError(f"There is no task '{task}'; there are {', '.join(RECIPES)}.{nearest(str(task), RECIPES)}")
     return task
+
+
+def _task_of_model(model: str | None, start_from: str | None) -> str:
+    if model is not None:
+        from allmlp.language.configuration import VARIANTS
+
+        return CausalRecipe.task if model in VARIANTS else VisionRecipe.task
+    if start_from is not None and Path(start_from).is_dir():
+        from allmlp.checkpoints import run_directory
+
+        return run_directory.task(start_from)
+    return VisionRecipe.task
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:

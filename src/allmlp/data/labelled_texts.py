@@ -1,0 +1,135 @@
+"""Texts with classes, from parquet or CSV files or the Hub."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from allmlp.data.text_sources import Documents, read_tables, text_and_label
+from allmlp.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledTexts:
+    """Texts and their classes.
+
+    Attributes:
+        texts: the texts.
+        labels: [texts], indices of the classes.
+    """
+
+    texts: Sequence[str]
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def documents(self, name: str) -> Documents:
+        """The texts alone."""
+        return Documents(texts=self.texts, name=name)
+
+    def subset(self, places: Sequence[int]) -> "LabelledTexts":
+        """The texts at these places."""
+        return LabelledTexts(texts=[self.texts[place] for place in places], labels=self.labels[list(places)])
+
+
+def read_labelled_texts(
+    data: str, *, text_column: str | None = None, label_column: str | None = None
+) -> tuple[tuple[str, ...], dict[str, LabelledTexts]]:
+    """The classes' names, and the texts of `train` and, where the data has one, of `validation`.
+
+    Args:
+        data: a parquet or CSV file, a folder of parquet files, or a Hub dataset's name.
+        text_column: column of the texts; found by its name where not given.
+        label_column: column of the classes; found by its name where not given.
+
+    Raises:
+        UserError: there is no such data, it lacks a column, or a row has no text or a class of its own.
+    """
+    import datasets
+
+    tables = read_tables(data)
+    text, label = text_and_label(tables["train"].column_names, data, text_column, label_column)
+    feature = tables["train"].features[label]
+    raw = {split: (table[text][:], table[label][:]) for split, table in tables.items()}
+    if isinstance(feature, datasets.ClassLabel):
+        names: Sequence[Any] = range(len(feature.names))
+        classes = tuple(feature.names)
+    else:
+        names = sorted(
+            {value for value in raw["train"][1] if value is not None}, key=lambda value: (str(type(value)), value)
+        )
+        classes = tuple(str(value) for value in names)
+    if len(classes) < 2:
+        raise UserError(f"{data} has {len(classes)} class in column '{label}'; telling texts apart takes at least two.")
+    number = {value: place for place, value in enumerate(names)}
+    splits = {}
+    for split, (texts, labels) in raw.items():
+        for row, (content, value) in enumerate(zip(texts, labels, strict=True)):
+            if not isinstance(content, str):
+                raise UserError(f"Row {row} of {data} ({split}) has no text in column '{text}'.")
+            if value not in number:
+                raise UserError(f"Row {row} of {data} ({split}) has the class {value!r}, which training has not.")
+        splits[split] = LabelledTexts(texts=texts, labels=np.array([number[value] for value in labels], np.int64))
+    return classes, splits
+
+
+def load_labelled_texts(
+    data: str, *, holdout: float, seed: int, text_column: str | None = None, label_column: str | None = None
+) -> tuple[tuple[str, ...], LabelledTexts, LabelledTexts]:
+    """The classes' names, what is learnt from and what is held out; arguments and errors as `read_labelled_texts`, and:
+
+    Args:
+        holdout: share of each class held out where the data has no validation split of its own.
+        seed: of that cut.
+    """
+    classes, splits = read_labelled_texts(data, text_column=text_column, label_column=label_column)
+    train = splits["train"]
+    if "validation" in splits:
+        return classes, train, splits["validation"]
+    from sklearn.model_selection import train_test_split
+
+    try:
+        kept, held_out = train_test_split(
+            np.arange(len(train)), test_size=holdout, random_state=seed, stratify=list(train.labels)
+        )
+    except ValueError as error:
+        raise UserError(f"{data} has too few texts to hold out {holdout:.0%} of each class: {error}") from error
+    return classes, train.subset(sorted(kept)), train.subset(sorted(held_out))
+
+
+class TextBatches(Dataset):
+    """Labelled texts as batches: `{"input_ids", "attention_mask", "labels"}`, padded to the longest.
+
+    Args:
+        texts: the texts and their classes.
+        tokenizer: a tokenizer of transformers with padding.
+        context: tokens of a text that are read at most, the first ones.
+    """
+
+    def __init__(self, texts: LabelledTexts, tokenizer: Any, context: int) -> None:
+        self.texts, self.tokenizer, self.context = texts, tokenizer, context
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return self.__getitems__([index])
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        chosen = self.texts.subset(indices)
+        # An empty text is a text too: one end-of-text token.
+        texts = [text or self.tokenizer.eos_token for text in chosen.texts]
+        batch = self.tokenizer(
+            texts,
+            padding=True,
+            truncation=True,
+            max_length=self.context,
+            return_tensors="pt",
+            return_token_type_ids=False,
+        )
+        return {**batch, "labels": torch.from_numpy(chosen.labels)}

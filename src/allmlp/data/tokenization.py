@@ -1,0 +1,203 @@
+"""Tokenizers as transformers keeps them, made from a word on the command line, and the fast way from text to tokens."""
+
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from allmlp.data.text_sources import TextFile, Texts
+from allmlp.errors import UserError
+
+BYTES, CHARACTERS = "bytes", "characters"
+END, MASK, UNKNOWN = "<|endoftext|>", "<|mask|>", "<|unknown|>"
+# What a token of a tokenizer made here stands for, kept among transformers' settings of the tokenizer.
+_UNIT = "allmlp_unit"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """Encoded text.
+
+    Attributes:
+        ids: [tokens], on the disk where the text is not small.
+        characters: of the text.
+        bytes: of the text in UTF-8.
+        unknown: how many of the tokens stand for what the vocabulary lacks.
+    """
+
+    ids: np.ndarray
+    characters: int
+    bytes: int
+    unknown: int = 0
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def make_tokenizer(name: str, texts: Iterable[Texts], *, trained_size: int | None = None) -> PreTrainedTokenizerFast:
+    """The tokenizer that `name` asks for, with an end-of-text token, which also pads, and a mask token.
+
+    Args:
+        name: `bytes`, `characters` (those of `texts`), a `tokenizer.json`, a directory, or a name on the Hub.
+        texts: what the vocabulary is made from, where it is.
+        trained_size: train a byte-level BPE of this many tokens on `texts` instead.
+
+    Raises:
+        UserError: there is no such tokenizer, or the size leaves no room for the bytes.
+    """
+    if trained_size is not None:
+        tokenizer = _trained(texts, trained_size)
+    elif name == BYTES:
+        tokenizer = _bytes()
+    elif name == CHARACTERS:
+        tokenizer = _characters(texts)
+    else:
+        tokenizer = load_tokenizer(name)
+    missing: dict[str, Any] = {}
+    if tokenizer.eos_token is None:
+        missing["eos_token"] = END
+    if tokenizer.mask_token is None:
+        missing["mask_token"] = MASK
+    tokenizer.add_special_tokens(missing)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    # generate() wants the padding on the left, and other tasks do not mind; what is saved are the first settings
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
+    return tokenizer
+
+
+def load_tokenizer(name: str | Path) -> Any:
+    """A tokenizer of a directory, a `tokenizer.json`, or the Hub.
+
+    Raises:
+        UserError: there is none that transformers can load.
+    """
+    try:
+        if Path(name).is_file():
+            return PreTrainedTokenizerFast(tokenizer_file=str(name))
+        return AutoTokenizer.from_pretrained(name)
+    # a broken file raises tokenizers' bare Exception
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"'{name}' is no tokenizer: neither {BYTES} nor {CHARACTERS}, nor a file, a directory or a name on the Hub "
+            f"that transformers can load ({reason})"
+        ) from error
+
+
+def encode(texts: Texts, tokenizer: Any) -> Tokens:
+    """All of a text as tokens, an end-of-text token behind each of several documents.
+
+    The tokens lie in a temporary file, so that a text may be larger than memory; bytes of a plain file are not copied.
+
+    Raises:
+        UserError: the text is not UTF-8 and the tokens are not bytes; or the tokenizer has no end of text.
+    """
+    unit = tokenizer.init_kwargs.get(_UNIT)
+    if unit == BYTES and isinstance(texts, TextFile):
+        ids = texts.raw()
+        characters = sum(int(np.count_nonzero(ids[at : at + 2**24] & 0xC0 != 0x80)) for at in range(0, len(ids), 2**24))
+        return Tokens(ids=ids, characters=characters, bytes=len(ids))
+    end = None
+    if texts.separated:
+        end = tokenizer.eos_token_id
+        if end is None:
+            raise UserError("the tokenizer has no end-of-text token to put between documents")
+    dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
+    characters = size = unknown = 0
+    with tempfile.TemporaryFile() as file:
+        for batch in _batches(texts):
+            characters += sum(len(text) for text in batch)
+            size += sum(len(text.encode("utf-8", "surrogatepass")) for text in batch)
+            for ids in _encoded(batch, tokenizer, unit):
+                if tokenizer.unk_token_id is not None:
+                    unknown += int(np.count_nonzero(ids == tokenizer.unk_token_id))
+                ids.astype(dtype).tofile(file)
+                if end is not None:
+                    np.array([end], dtype).tofile(file)
+        file.flush()
+        count = file.tell() // dtype.itemsize
+        # the map keeps the nameless file alive
+        ids = np.memmap(file, dtype=dtype, mode="r", shape=(count,)) if count else np.empty(0, dtype)
+    return Tokens(ids=ids, characters=characters, bytes=size, unknown=unknown)
+
+
+def _encoded(batch: list[str], tokenizer: Any, unit: str | None) -> Iterator[np.ndarray]:
+    if unit == BYTES:
+        yield from (np.frombuffer(text.encode("utf-8"), np.uint8) for text in batch)
+    elif unit == CHARACTERS:
+        vocabulary = {token: number for token, number in tokenizer.get_vocab().items() if len(token) == 1}
+        points = np.array(sorted(map(ord, vocabulary)), np.uint32)
+        numbers = np.array([vocabulary[chr(point)] for point in points], np.uint32)
+        for text in batch:
+            wanted = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+            places = np.searchsorted(points, wanted).clip(max=len(points) - 1)
+            yield np.where(points[places] == wanted, numbers[places], tokenizer.unk_token_id)
+    else:
+        found = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        yield from (np.array(ids, np.uint32) for ids in found["input_ids"])
+
+
+def _batches(texts: Iterable[str], characters: int = 2**22) -> Iterator[list[str]]:
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= characters:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _bytes() -> PreTrainedTokenizerFast:
+    """A token for each byte, its number the byte's value."""
+    backend = Tokenizer(models.BPE({letter: byte for byte, letter in bytes_to_unicode().items()}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token=END, clean_up_tokenization_spaces=False, **{_UNIT: BYTES}
+    )
+
+
+def _characters(texts: Iterable[Texts]) -> PreTrainedTokenizerFast:
+    """A token for each character of the texts, in the order of their code points."""
+    alphabet: set[str] = set()
+    for part in texts:
+        for text in part:
+            alphabet |= set(text)
+    vocabulary = {character: number for number, character in enumerate(sorted(alphabet))}
+    vocabulary[UNKNOWN] = len(vocabulary)
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token=UNKNOWN,
+        eos_token=END,
+        clean_up_tokenization_spaces=False,
+        **{_UNIT: CHARACTERS},
+    )
+
+
+def _trained(texts: Iterable[Texts], size: int) -> PreTrainedTokenizerFast:
+    if size < 257:
+        raise UserError(f"a trained tokenizer needs at least 257 tokens, for all bytes and the end of text; got {size}")
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator((text for part in texts for text in part), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END, clean_up_tokenization_spaces=False)

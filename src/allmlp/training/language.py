@@ -1,0 +1,339 @@
+"""From a language recipe to a trained run directory: causal and masked language models, classifiers of texts."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor, nn
+from transformers import set_seed
+
+from allmlp.checkpoints import run_directory
+from allmlp.data.image_batches import as_is
+from allmlp.data.labelled_texts import TextBatches, load_labelled_texts
+from allmlp.data.text import Masking, TokenWindows, load_text
+from allmlp.data.tokenization import BYTES, load_tokenizer, make_tokenizer
+from allmlp.errors import UserError
+from allmlp.language import GMLPConfig, GMLPForCausalLM, GMLPForMaskedLM, GMLPForSequenceClassification
+from allmlp.training import language_report
+from allmlp.training.callbacks import TensorBoard
+from allmlp.training.engine import Engine, chosen_precision, prepare_output, surroundings
+from allmlp.training.evaluation import accuracy_of
+from allmlp.training.language_evaluation import classify, in_texts, model_tokenizer, text_loss, text_measures
+from allmlp.training.recipe import CausalRecipe, LanguageRecipe, MaskedRecipe, TextClassificationRecipe
+
+_log = logging.getLogger(__name__)
+
+_MODELS: dict[str, Any] = {
+    CausalRecipe.task: GMLPForCausalLM,
+    MaskedRecipe.task: GMLPForMaskedLM,
+    TextClassificationRecipe.task: GMLPForSequenceClassification,
+}
+
+
+def train(
+    recipe: LanguageRecipe, output: str | Path, *, resume: bool = False, overwrite: bool = False
+) -> dict[str, Any]:
+    """Trains a language model or a classifier of texts and writes its run directory.
+
+    Args:
+        recipe: The hyper-parameters; `data`, and `model` or `start_from`, must be set.
+        output: The run directory.
+        resume: Go on from the last checkpoint in it.
+        overwrite: Replace a former run in it.
+
+    Returns:
+        What `metrics.json` holds: the held-out score, its course, the speed, the surroundings.
+
+    Raises:
+        UserError: Data, model, tokenizer or run directory cannot be used.
+        Interrupted: It was asked to stop and has saved a checkpoint.
+    """
+    output = Path(output)
+    if recipe.data is None:
+        raise UserError("Nothing to train on: name the data.")
+    set_seed(recipe.seed)
+    start = _start(recipe)
+    tokenizer = _given_tokenizer(recipe, start)
+    if isinstance(recipe, TextClassificationRecipe):
+        return _train_classifier(recipe, output, start, tokenizer, resume, overwrite)
+    return _train_language_model(recipe, output, start, tokenizer, resume, overwrite)
+
+
+def summary(metrics: dict[str, Any], output: Path) -> str:
+    """The score, the speed, and where the run directory and its pictures are."""
+    if metrics["task"] == TextClassificationRecipe.task:
+        score = (
+            f"accuracy {metrics['accuracy']:.2%} on {metrics['texts']:,} held-out texts (loss {metrics['loss']:.4f})"
+        )
+    else:
+        score = language_report.measures_text(metrics, "held-out")
+    return (
+        f"{score}\n"
+        f"{metrics['steps']:,} steps ({metrics['epochs']:g} epochs) in {metrics['training_seconds']:,.0f} s of "
+        f"training, {metrics['per_second']:,.0f} {metrics['unit']}/s, {metrics['precision']}\n"
+        f"run directory  {output}\n"
+        f"report         {', '.join(str(output / path) for path in metrics['report'])}"
+    )
+
+
+def _train_language_model(
+    recipe: LanguageRecipe, output: Path, start: Any, tokenizer: Any, resume: bool, overwrite: bool
+) -> dict[str, Any]:
+    data = load_text(
+        str(recipe.data),
+        tokenizer=tokenizer,
+        tokenizer_name=recipe.tokenizer or BYTES,
+        trained_size=recipe.train_tokenizer,
+        holdout=recipe.holdout,
+        text_column=recipe.text_column,
+    )
+    for part in (data.train, data.validation):
+        if part.unknown:
+            _log.warning("%d tokens of %s stand for text the tokenizer does not know", part.unknown, recipe.data)
+    config = planned_config(recipe, start, data.tokenizer)
+    context = recipe.context or config.max_position_embeddings
+    masking = None
+    if isinstance(recipe, MaskedRecipe):
+        masking = Masking(
+            share=recipe.mask_share, mask_token=data.tokenizer.mask_token_id, vocabulary=len(data.tokenizer)
+        )
+    training = TokenWindows(data.train, context, masking=masking, seed=recipe.seed)
+    held_out = TokenWindows(data.validation, context, masking=masking)
+    model = build_model(recipe, config, start)
+    resume_from = prepare_output(output, recipe, resume=resume, overwrite=overwrite)
+    _log.info(
+        "%s, %s parameters, %d tokens at once: %s tokens to learn from, %s held out, vocabulary of %d, %s",
+        type(model).__name__,
+        f"{model.num_parameters():,}",
+        context,
+        f"{len(data.train):,}",
+        f"{len(data.validation):,}",
+        len(data.tokenizer),
+        chosen_precision(recipe.precision),
+    )
+    engine = _engine(recipe, output, model, training, held_out, "tokens", context, resume_from)
+    engine.run()
+    if not engine.is_world_process_zero():
+        return {}
+    run_directory.save_language(output, model, data.tokenizer)
+    loss, predicted = text_loss(model, held_out)
+    measures = text_measures(loss, predicted, data.validation, masked=masking is not None)
+    metrics = {**_common_metrics(recipe, engine, model, "tokens"), **measures}
+    return _finish(
+        output, metrics, language_report.write(output / run_directory.REPORT, metrics, model, data.tokenizer)
+    )
+
+
+def _train_classifier(
+    recipe: TextClassificationRecipe, output: Path, start: Any, tokenizer: Any, resume: bool, overwrite: bool
+) -> dict[str, Any]:
+    classes, train_texts, held_out_texts = load_labelled_texts(
+        str(recipe.data),
+        holdout=recipe.holdout,
+        seed=recipe.seed,
+        text_column=recipe.text_column,
+        label_column=recipe.label_column,
+    )
+    if tokenizer is None:
+        tokenizer = make_tokenizer(
+            recipe.tokenizer or BYTES, [train_texts.documents(str(recipe.data))], trained_size=recipe.train_tokenizer
+        )
+    config = planned_config(recipe, start, tokenizer, classes)
+    model = build_model(recipe, config, start)
+    context = recipe.context or config.max_position_embeddings
+    training = TextBatches(train_texts, tokenizer, context)
+    held_out = TextBatches(held_out_texts, tokenizer, context)
+    resume_from = prepare_output(output, recipe, resume=resume, overwrite=overwrite)
+    _log.info(
+        "%s parameters: %s texts to learn from, %s held out, %d classes, %s",
+        f"{model.num_parameters():,}",
+        f"{len(training):,}",
+        f"{len(held_out):,}",
+        len(classes),
+        chosen_precision(recipe.precision),
+    )
+    engine = _engine(
+        recipe, output, model, training, held_out, "texts", 1, resume_from, compute_metrics=_accuracy_metric
+    )
+    engine.run()
+    if not engine.is_world_process_zero():
+        return {}
+    run_directory.save_language(output, model, tokenizer)
+    logits, labels = classify(model, held_out)
+    found = in_texts(accuracy_of(logits, labels, classes))
+    metrics = {**_common_metrics(recipe, engine, model, "texts"), **found}
+    report = language_report.write_classification(
+        output / run_directory.REPORT, metrics["history"], logits, labels, classes
+    )
+    return _finish(output, metrics, report)
+
+
+def planned_config(recipe: LanguageRecipe, start: Any, tokenizer: Any, classes: tuple[str, ...] = ()) -> GMLPConfig:
+    """The configuration of the model to train.
+
+    Args:
+        recipe: Names the size, or the run to start from, and what is changed about it.
+        start: The model to start from, or None.
+        tokenizer: Its length is the vocabulary's of a new model.
+        classes: The names of a classifier's classes.
+
+    Raises:
+        UserError: There is no such model, or it cannot be made so.
+    """
+    changes: dict[str, Any] = dict(recipe.model_args)
+    if recipe.dropout is not None:
+        changes["hidden_dropout"] = recipe.dropout
+    if recipe.survival is not None:
+        changes["survival_probability"] = recipe.survival
+    changes |= {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    if classes:
+        changes |= {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
+    try:
+        if start is not None:
+            if recipe.model is not None:
+                raise UserError(f"The model in {recipe.start_from} has its own size: leave --model away.")
+            config = GMLPConfig.from_dict({**start.config.to_dict(), **changes})
+        elif recipe.model is not None:
+            if recipe.context is not None:
+                changes.setdefault("max_position_embeddings", recipe.context)
+            config = GMLPConfig.named(recipe.model, **{"vocab_size": len(tokenizer), **changes})
+        else:
+            raise UserError("Nothing to train: name a model, or a run directory to start from.")
+    except StrictDataclassError as error:
+        raise UserError(f"The model cannot be made so: {' '.join(str(error).split())}") from error
+    if recipe.context and recipe.context > config.max_position_embeddings and config.spatial_weight == "dense":
+        raise UserError(
+            f"The context of {recipe.context} tokens is longer than the model's {config.max_position_embeddings}."
+        )
+    return config
+
+
+def build_model(recipe: LanguageRecipe, config: GMLPConfig, start: Any) -> Any:
+    """The model to train, with the weights to start from where there are any.
+
+    Raises:
+        UserError: The weights do not fit the configuration.
+    """
+    model = _MODELS[recipe.task](config)
+    if start is not None:
+        state, fresh = start.state_dict(), model.state_dict()
+        kept = {name: state[name] for name in fresh if name in state and state[name].shape == fresh[name].shape}
+        unlike = [name for name in fresh if name.startswith("model.") and name not in kept]
+        if unlike:
+            raise UserError(f"The weights of {recipe.start_from} do not fit the model: {', '.join(unlike[:5])}.")
+        new = [name for name in fresh if name not in kept]
+        if new:
+            _log.info("new weights for %s, which %s has not", ", ".join(new), recipe.start_from)
+        model.load_state_dict({**fresh, **kept})
+    return model.train()
+
+
+def parameter_groups(model: nn.Module, recipe: LanguageRecipe) -> list[dict[str, Any]]:
+    """No weight decay for biases and norms, nor for the gate's bias, which is an offset at one."""
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        groups[name.endswith(".bias") or parameter.ndim < 2].append(parameter)
+    return [
+        {"params": groups[False], "weight_decay": recipe.weight_decay},
+        {"params": groups[True], "weight_decay": 0.0},
+    ]
+
+
+def _start(recipe: LanguageRecipe) -> Any:
+    if recipe.start_from is None:
+        return None
+    from allmlp.checkpoints.pretrained import find_pretrained
+
+    model = find_pretrained(recipe.start_from).model
+    if not isinstance(getattr(model, "config", None), GMLPConfig):
+        raise UserError(f"{recipe.start_from} holds no language model.")
+    return model
+
+
+def _given_tokenizer(recipe: LanguageRecipe, start: Any) -> Any:
+    """The tokenizer of the run to start from, or the one named for it; None where one is to be made."""
+    if start is None:
+        return None
+    if recipe.train_tokenizer is not None:
+        raise UserError("A model to start from has its vocabulary: a tokenizer trained anew does not fit it.")
+    if recipe.tokenizer is None:
+        return model_tokenizer(str(recipe.start_from), start)
+    found = make_tokenizer(BYTES, []) if recipe.tokenizer == BYTES else load_tokenizer(recipe.tokenizer)
+    if len(found) > start.config.vocab_size:
+        raise UserError(
+            f"{recipe.tokenizer} has {len(found)} tokens, the model in {recipe.start_from} a vocabulary of "
+            f"{start.config.vocab_size}: they do not belong together."
+        )
+    return found
+
+
+def _engine(
+    recipe: LanguageRecipe,
+    output: Path,
+    model: Any,
+    training: Any,
+    held_out: Any,
+    unit: str,
+    per_example: int,
+    resume_from: Path | None,
+    **settings: Any,
+) -> Engine:
+    resumed_at = int(resume_from.name.removeprefix(run_directory.CHECKPOINT)) if resume_from else None
+    board = TensorBoard(output / "tensorboard", _Logits(model), held_out[0]["input_ids"], resumed_at)
+    return Engine(
+        recipe,
+        output,
+        model,
+        parameter_groups(model, recipe),
+        unit=unit,
+        per_example=per_example,
+        workers=recipe.workers or 0,
+        resume_from=resume_from,
+        callbacks=[board],
+        train_dataset=training,
+        eval_dataset=held_out,
+        data_collator=as_is,
+        **settings,
+    )
+
+
+class _Logits(nn.Module):
+    """A model as a function of tokens alone, for TensorBoard's drawing."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        settings = {"use_cache": False} if isinstance(self.model, GMLPForCausalLM) else {}
+        return self.model(input_ids, **settings).logits
+
+
+def _accuracy_metric(prediction: Any) -> dict[str, float]:
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+def _common_metrics(recipe: LanguageRecipe, engine: Engine, model: Any, unit: str) -> dict[str, Any]:
+    return {
+        "task": recipe.task,
+        "epochs": round(engine.state.epoch or 0.0, 4),
+        "steps": engine.state.global_step,
+        "unit": unit,
+        "per_second": round(engine.progress.rate, 1),
+        "training_seconds": round(engine.progress.seconds, 1),
+        "parameters": model.num_parameters(),
+        "precision": "bf16" if engine.args.bf16 else "fp32",
+        "surroundings": surroundings(),
+        "history": [
+            {key: value for key, value in entry.items() if "runtime" not in key and "per_second" not in key}
+            for entry in engine.state.log_history
+            if "loss" in entry or "eval_loss" in entry
+        ],
+    }
+
+
+def _finish(output: Path, metrics: dict[str, Any], report: list[Path]) -> dict[str, Any]:
+    metrics["report"] = [str(path.relative_to(output)) for path in report]
+    run_directory.write_json(output / run_directory.METRICS, metrics)
+    return metrics

@@ -1,0 +1,311 @@
+"""What a trained language model knows: nats and bits of a text, classes of texts, and what it writes."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from allmlp.checkpoints import run_directory
+from allmlp.data.image_batches import as_is
+from allmlp.data.labelled_texts import LabelledTexts, TextBatches, load_labelled_texts, read_labelled_texts
+from allmlp.data.text import IGNORED, Masking, TokenWindows
+from allmlp.data.text_sources import find_texts
+from allmlp.data.tokenization import Tokens, encode, load_tokenizer
+from allmlp.errors import UserError
+from allmlp.language import GMLPForCausalLM
+from allmlp.training.evaluation import accuracy_of
+from allmlp.training.recipe import RECIPES, LanguageRecipe, make_recipe, read_settings
+
+
+@torch.inference_mode()
+def text_loss(model: Any, windows: TokenWindows, batch_size: int = 64) -> tuple[float, int]:
+    """The cross entropy of a text, summed in float64.
+
+    Args:
+        model: A causal or masked language model; it stays on its device.
+        windows: The text.
+        batch_size: Windows per forward pass.
+
+    Returns:
+        Nats in all, and the number of tokens predicted.
+    """
+    nats, predicted = 0.0, 0
+    for logits, labels in _outputs(model, windows, batch_size):
+        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
+        nats += losses.double().sum().item()
+        predicted += int((labels != IGNORED).sum())
+    return nats, predicted
+
+
+@torch.inference_mode()
+def classify(
+    model: Any, texts: TextBatches, batch_size: int = 64
+) -> tuple[Float[Tensor, "texts classes"], Int[Tensor, " texts"]]:
+    """A classifier's logits for labelled texts, and the labels."""
+    logits, labels = zip(*_outputs(model, texts, batch_size), strict=True)
+    return torch.cat(logits), torch.cat(labels)
+
+
+def _outputs(model: Any, data: Any, batch_size: int) -> Any:
+    """The logits in float32 and the labels of each batch, in eval mode, on the CPU."""
+    training = model.training
+    model.eval()
+    loader = DataLoader(data, batch_size=batch_size, collate_fn=as_is)
+    for batch in tqdm(loader, desc="evaluating", unit=" batches", leave=False, disable=None, delay=1):
+        inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask") if name in batch}
+        if isinstance(model, GMLPForCausalLM):
+            inputs["use_cache"] = False
+        yield model(**inputs).logits.float().cpu(), batch["labels"]
+    model.train(training)
+
+
+def text_measures(nats: float, predicted: int, text: Tokens, *, masked: bool = False) -> dict[str, Any]:
+    """A text's cross entropy in every unit.
+
+    Args:
+        nats: In all.
+        predicted: Tokens predicted.
+        text: The text.
+        masked: Only some tokens were predicted, so that nothing can be said about characters and bytes.
+    """
+    per_token = nats / predicted
+    measures: dict[str, Any] = {
+        "tokens": len(text),
+        "predicted": predicted,
+        "nats_per_token": per_token,
+        "bits_per_token": per_token / math.log(2),
+        "perplexity": math.exp(min(per_token, 700.0)),
+    }
+    if not masked:
+        # The first token is not predicted; it counts with the average, so that units of one token each agree.
+        whole = per_token * len(text)
+        for unit, count in (("character", text.characters), ("byte", text.bytes)):
+            measures[f"nats_per_{unit}"] = whole / count
+            measures[f"bits_per_{unit}"] = whole / count / math.log(2)
+    return measures
+
+
+def evaluate(run: str, data: str | None = None, *, batch_size: int = 64, stride: int | None = None) -> dict[str, Any]:
+    """How well a run's model knows a text, or tells texts apart.
+
+    Of the data it was trained on, the held-out part counts; of other data its validation split, or all of it where it
+    has none. The text is cut into windows of the training's length, each read by itself.
+
+    Args:
+        run: A run directory.
+        data: A text as for training; the run's own by default.
+        batch_size: Windows or texts per forward pass.
+        stride: Tokens from one window to the next; smaller gives more context to each token, at more cost.
+
+    Returns:
+        What `text_measures`, or for classes `accuracy_of`, gives, with `run`, `data`, `task` and its `part`.
+
+    Raises:
+        UserError: The run or the data cannot be used, or they do not fit together.
+    """
+    model, recipe = load_model(run), recipe_of(run)
+    tokenizer = model_tokenizer(run, model)
+    own = recipe.data if recipe else None
+    data = data or own
+    if data is None:
+        raise UserError(f"{run} does not say what it was trained on; name the data to evaluate on.")
+    task = run_directory.task(run)
+    context = min(recipe.context or 2**62 if recipe else 2**62, model.config.max_position_embeddings)
+    seen = recipe if recipe and _same(data, own) else None
+    found: dict[str, Any] = {"run": str(run), "data": data, "task": task}
+    if task == "text-classification":
+        return found | _evaluate_classes(model, tokenizer, data, seen, recipe, context, batch_size)
+    splits = find_texts(data, recipe.text_column if recipe else None)
+    part, text = next(reversed(splits.items()))
+    if len(splits) == 1:
+        part = "all"
+        if seen is not None:
+            part, text = "held out", text.cut(seen.holdout)[1]
+    tokens = encode(text, tokenizer)
+    masking = None
+    if task == "fill-mask":
+        share = getattr(recipe, "mask_share", 0.15)
+        masking = Masking(share=share, mask_token=_mask_token(tokenizer, run), vocabulary=len(tokenizer))
+    windows = TokenWindows(tokens, context, masking=masking, stride=stride)
+    nats, predicted = text_loss(model, windows, batch_size)
+    measures = text_measures(nats, predicted, tokens, masked=masking is not None)
+    return {**found, "part": part, "unknown": tokens.unknown, "context": context, **measures}
+
+
+def generate(
+    run: str,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 200,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    beams: int = 1,
+    context_overflow: str = "stop",
+    seed: int = 0,
+    streamer: Any = None,
+) -> list[dict[str, Any]]:
+    """What a run's model writes behind prompts.
+
+    Args:
+        run: A run directory of a causal language model.
+        prompts: How the texts begin.
+        max_new_tokens: Tokens to write.
+        temperature: Divides the logits; 0 takes the likeliest token each time.
+        top_k: Draw from this many likeliest tokens; 0: from all.
+        top_p: Draw from the likeliest tokens that have this probability together.
+        beams: Beams of a beam search; 1: none.
+        context_overflow: `stop` or `reprefill`, see `GMLPForCausalLM.generate`.
+        seed: Of the draws.
+        streamer: Is given each token when it is there (one prompt only).
+
+    Returns:
+        For each prompt `{"prompt", "text", "tokens"}`, the text without the prompt.
+
+    Raises:
+        UserError: The run cannot write, or a prompt is empty, too long, or has characters the model does not know.
+    """
+    if run_directory.task(run) != "text-generation":
+        raise UserError(f"{run} holds a model for {run_directory.task(run)}; it does not write text.")
+    if temperature < 0 or max_new_tokens < 1 or beams < 1 or top_k < 0 or not 0 < top_p <= 1:
+        raise UserError(
+            "temperature and top_k must be at least 0, max_new_tokens and beams at least 1, and top_p above 0 and at "
+            f"most 1; got {temperature}, {top_k}, {max_new_tokens}, {beams} and {top_p}."
+        )
+    model = load_model(run)
+    tokenizer = model_tokenizer(run, model)
+    batch = _prompts(prompts, tokenizer, run)
+    drawing: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        drawing = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    torch.manual_seed(seed)
+    written = model.generate(
+        **batch,
+        max_new_tokens=max_new_tokens,
+        num_beams=beams,
+        pad_token_id=tokenizer.pad_token_id,
+        suppress_tokens=unwritten(tokenizer),
+        context_overflow=context_overflow,
+        streamer=streamer,
+        **drawing,
+    )[:, batch["input_ids"].shape[1] :]
+    texts = tokenizer.batch_decode(written, skip_special_tokens=True)
+    return [
+        {"prompt": prompt, "text": text, "tokens": int((ids != tokenizer.pad_token_id).sum())}
+        for prompt, text, ids in zip(prompts, texts, written, strict=True)
+    ]
+
+
+def unwritten(tokenizer: Any) -> list[int] | None:
+    """The tokens that stand for no text and end none; None where there are none."""
+    return [token for token in (tokenizer.mask_token_id, tokenizer.unk_token_id) if token is not None] or None
+
+
+def load_model(run: str) -> Any:
+    """The language model of a run directory.
+
+    Raises:
+        UserError: It is no run directory, or one of images.
+    """
+    kind = run_directory.read_config(run)["model_type"]
+    if kind != run_directory.LANGUAGE:
+        raise UserError(f"{run} holds a model of type '{kind}', not a language model.")
+    return run_directory.load(run)
+
+
+def model_tokenizer(run: str, model: Any) -> Any:
+    """The tokenizer beside a model.
+
+    Raises:
+        UserError: There is none, or it has more tokens than the model's vocabulary.
+    """
+    if not (Path(run) / "tokenizer_config.json").is_file():
+        raise UserError(f"{run} has no tokenizer beside the model; put its files there, or convert with --tokenizer.")
+    tokenizer = load_tokenizer(run)
+    if len(tokenizer) > model.config.vocab_size:
+        raise UserError(
+            f"The tokenizer in {run} has {len(tokenizer)} tokens, the model a vocabulary of {model.config.vocab_size}: "
+            "they do not belong together."
+        )
+    return tokenizer
+
+
+def recipe_of(run: str) -> LanguageRecipe | None:
+    """The recipe a run was trained with, where it has one."""
+    for folder in (Path(run), Path(run).parent):
+        path = folder / run_directory.RECIPE
+        if path.is_file():
+            settings = read_settings(path)
+            kind = RECIPES.get(str(settings.pop("task", None)))
+            if kind is not None and issubclass(kind, LanguageRecipe):
+                return make_recipe(settings, kind, str(path))
+    return None
+
+
+def _evaluate_classes(
+    model: Any,
+    tokenizer: Any,
+    data: str,
+    seen: LanguageRecipe | None,
+    recipe: LanguageRecipe | None,
+    context: int,
+    batch_size: int,
+) -> dict[str, Any]:
+    columns = {name: getattr(recipe, name, None) for name in ("text_column", "label_column")}
+    if seen is not None:
+        classes, _, texts = load_labelled_texts(data, holdout=seen.holdout, seed=seen.seed, **columns)
+        part = "held out"
+    else:
+        classes, splits = read_labelled_texts(data, **columns)
+        part, texts = next(reversed(splits.items()))
+        part = part if len(splits) > 1 else "all"
+    known = [model.config.id2label[i] for i in range(len(model.config.id2label))]
+    strange = [name for name in classes if name not in known]
+    if strange:
+        raise UserError(f"{data} has classes that the model does not know: {', '.join(strange[:8])}.")
+    index = np.array([known.index(name) for name in classes])
+    relabelled = LabelledTexts(texts=texts.texts, labels=index[texts.labels])
+    logits, labels = classify(model, TextBatches(relabelled, tokenizer, context), batch_size)
+    return {"part": part, **in_texts(accuracy_of(logits, labels, known))}
+
+
+def in_texts(found: dict[str, Any]) -> dict[str, Any]:
+    """What `accuracy_of` gives, counted in texts."""
+    found = {("texts" if name == "images" else name): value for name, value in found.items()}
+    for name, figures in found["per_class"].items():
+        found["per_class"][name] = {("texts" if key == "images" else key): value for key, value in figures.items()}
+    return found
+
+
+def _prompts(prompts: Sequence[str], tokenizer: Any, run: str) -> dict[str, Tensor]:
+    empty = [number for number, prompt in enumerate(prompts, 1) if not prompt]
+    if empty:
+        raise UserError(f"Prompt {empty[0]} is empty: give at least one character.")
+    for prompt in prompts:
+        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
+            place = ids.index(tokenizer.unk_token_id)
+            raise UserError(f"The model in {run} does not know {prompt[place]!r} in the prompt {prompt!r}.")
+    return tokenizer(
+        list(prompts), padding=True, add_special_tokens=False, return_tensors="pt", return_token_type_ids=False
+    )
+
+
+def _mask_token(tokenizer: Any, run: str) -> int:
+    if tokenizer.mask_token_id is None:
+        raise UserError(f"The tokenizer in {run} has no mask token.")
+    return tokenizer.mask_token_id
+
+
+def _same(first: str, second: str | None) -> bool:
+    if second is None or first == second:
+        return first == second
+    return Path(first).exists() and Path(first).resolve() == Path(second).resolve()

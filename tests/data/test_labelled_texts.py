@@ -1,0 +1,68 @@
+import datasets
+import numpy as np
+import pytest
+
+from allmlp.data.labelled_texts import LabelledTexts, TextBatches, load_labelled_texts, read_labelled_texts
+from allmlp.data.tokenization import make_tokenizer
+from allmlp.errors import UserError
+from tests.data.texts import labelled, write_table
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "rows.csv"])
+def test_each_class_is_held_out_in_its_share(tmp_path, name) -> None:
+    rows = labelled()
+    classes, train, held_out = load_labelled_texts(write_table(tmp_path / name, rows), holdout=0.2, seed=0)
+    assert classes == ("animals", "plants")
+    assert np.bincount(train.labels).tolist() == [24, 24]
+    assert np.bincount(held_out.labels).tolist() == [6, 6]
+    pairs = {*zip(rows["text"], rows["label"], strict=True)}
+    for part in (train, held_out):
+        assert all((text, classes[label]) in pairs for text, label in zip(part.texts, part.labels, strict=True))
+    again = load_labelled_texts(str(tmp_path / name), holdout=0.2, seed=0)[2]
+    assert list(again.texts) == list(held_out.texts)
+
+
+def test_numbers_and_class_labels_are_classes_too(tmp_path) -> None:
+    write_table(tmp_path / "n.csv", {"text": ["a", "b", "c"], "label": [10, 2, 10]})
+    classes, splits = read_labelled_texts(str(tmp_path / "n.csv"))
+    assert classes == ("2", "10")
+    assert splits["train"].labels.tolist() == [1, 0, 1]
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features).to_parquet(str(tmp_path / "c.parquet"))
+    classes, splits = read_labelled_texts(str(tmp_path / "c.parquet"))
+    assert (classes, splits["train"].labels.tolist()) == (("no", "yes"), [1, 0])
+
+
+def test_batches_are_padded_and_cut() -> None:
+    tokenizer = make_tokenizer("bytes", [])
+    texts = LabelledTexts(texts=["abcdefgh", "ab", ""], labels=np.array([1, 0, 1]))
+    batch = TextBatches(texts, tokenizer, 5).__getitems__([0, 1, 2])
+    assert batch["labels"].tolist() == [1, 0, 1]
+    assert batch["attention_mask"].sum(1).tolist() == [5, 2, 1]
+    assert batch["input_ids"][0].tolist() == [*b"abcde"]
+    assert batch["input_ids"][1, -2:].tolist() == [*b"ab"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (
+            {"text": ["a", "b"], "label": ["x", "x"]},
+            "has 1 class in column 'label'",
+        ),
+        ({"text": ["a", None], "label": ["x", "y"]}, r"Row 1 of .* \(train\) has no text in column 'text'"),
+        ({"text": ["a", "b"], "kind": ["x", "y"]}, "no column of classes with a usual name.*--label-column"),
+    ],
+)
+def test_bad_tables_are_refused(tmp_path, columns, message) -> None:
+    with pytest.raises(UserError, match=message):
+        read_labelled_texts(write_table(tmp_path / "rows.parquet", columns))
+
+
+def test_unknown_classes_and_too_few_texts_are_refused(tmp_path) -> None:
+    write_table(tmp_path / "train.parquet", {"text": ["a", "b"], "label": ["x", "y"]})
+    write_table(tmp_path / "test.parquet", {"text": ["a"], "label": ["z"]})
+    with pytest.raises(UserError, match=r"Row 0 of .* \(validation\) has the class 'z', which training has not"):
+        read_labelled_texts(str(tmp_path))
+    with pytest.raises(UserError, match="too few texts to hold out 10% of each class"):
+        load_labelled_texts(str(tmp_path / "train.parquet"), holdout=0.1, seed=0)

@@ -1,0 +1,109 @@
+import pytest
+
+from allmlp.data import text_sources
+from allmlp.data.text_sources import STDLIB, TextFile, find_texts, read_tables, standard_library
+from allmlp.errors import UserError
+from tests.data.texts import LINES, TEXT, write_table, write_text
+
+
+def test_a_text_file_is_read_in_pieces_that_end_with_lines(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(text_sources, "_PIECE", 100)
+    text = TEXT.replace("fox", "füchsße 🦊")
+    part = find_texts(write_text(tmp_path / "a.txt", text))["train"]
+    pieces = list(part)
+    assert "".join(pieces) == text
+    assert len(pieces) > 10
+    assert all(piece.endswith("\n") for piece in pieces[:-1])
+    assert bytes(part.raw()) == text.encode()
+
+
+def test_a_line_longer_than_a_piece_is_kept_whole(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(text_sources, "_PIECE", 10)
+    part = find_texts(write_text(tmp_path / "a.txt", "x" * 1000 + "é" * 100))["train"]
+    assert "".join(part) == "x" * 1000 + "é" * 100
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.5])
+def test_a_cut_splits_no_character(tmp_path, share) -> None:
+    text = "äöü€🦊" * 40
+    first, last = find_texts(write_text(tmp_path / "a.txt", text))["train"].cut(share)
+    assert "".join(first) + "".join(last) == text
+    size = len(text.encode())
+    assert (last.stop - last.start) / size == pytest.approx(share, abs=4 / size)
+
+
+@pytest.mark.parametrize("piece", [4, 7, 2**22])
+def test_what_is_not_utf8_is_located(tmp_path, monkeypatch, piece) -> None:
+    monkeypatch.setattr(text_sources, "_PIECE", piece)
+    path = tmp_path / "a.txt"
+    path.write_bytes("eins\nzw€\n".encode() + b"caf\xe9 au lait")
+    with pytest.raises(UserError, match=r"a.txt is not UTF-8: byte 14 \(line 3\) is 0xE9.*--tokenizer bytes"):
+        list(find_texts(str(path))["train"])
+    assert bytes(find_texts(str(path))["train"].raw()) == path.read_bytes()
+
+
+def test_a_folder_of_texts_has_separate_documents(tmp_path) -> None:
+    (tmp_path / "b").mkdir()
+    for name, text in (("b/2.txt", "two"), ("1.txt", "one"), ("b/3.txt", "")):
+        write_text(tmp_path / name, text)
+    part = find_texts(str(tmp_path))["train"]
+    assert list(part) == ["one", "two", ""]
+    assert part.separated
+    first, last = part.cut(0.3)
+    assert (list(first), list(last)) == (["one", "two"], [""])
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "rows.csv"])
+def test_tables_give_a_column_of_texts(tmp_path, name) -> None:
+    path = write_table(tmp_path / name, {"number": list(range(200)), "content": LINES})
+    part = find_texts(path)["train"]
+    assert list(part) == LINES
+    first, last = part.cut(0.1)
+    assert list(first) + list(last) == LINES
+    assert len(list(last)) == 20
+    with pytest.raises(UserError, match="has no column 'text'; its columns are number, content"):
+        find_texts(path, "text")
+    with pytest.raises(UserError, match=r"Row 0 of .* holds no text, but int"):
+        list(find_texts(path, "number")["train"])
+
+
+def test_a_folder_of_parquet_files_has_splits(tmp_path) -> None:
+    write_table(tmp_path / "train-0.parquet", {"text": ["a"]})
+    write_table(tmp_path / "train-1.parquet", {"text": ["b"]})
+    write_table(tmp_path / "test-0.parquet", {"text": ["c"]})
+    found = find_texts(str(tmp_path))
+    assert {split: list(part) for split, part in found.items()} == {"train": ["a", "b"], "validation": ["c"]}
+
+
+def test_the_standard_library_is_the_same_each_time() -> None:
+    part = find_texts(STDLIB)["train"]
+    names = [path.name for path in standard_library().texts]
+    assert [path.name for path in part.texts] == names
+    assert "argparse.py" in names
+    assert not any("site-packages" in path.parts or "test" in path.parts for path in part.texts)
+    assert "class ArgumentParser" in next(text for text in part if '"""Command-line parsing library' in text)
+
+
+def test_what_cannot_be_found_is_refused(tmp_path) -> None:
+    write_text(tmp_path / "empty.txt", "")
+    with pytest.raises(UserError, match=r"empty.txt is empty"):
+        find_texts(str(tmp_path / "empty.txt"))
+    with pytest.raises(UserError, match=r"There is no file or folder ./nothing.txt"):
+        find_texts("./nothing.txt")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match=r"holds neither .txt nor .parquet files"):
+        find_texts(str(tmp_path / "folder"))
+    (tmp_path / "broken.parquet").write_bytes(b"no parquet")
+    with pytest.raises(UserError, match=r"broken.parquet cannot be read as text"):
+        read_tables(str(tmp_path / "broken.parquet"))
+    path = write_table(tmp_path / "rows.parquet", {"number": [1], "words": ["a"]})
+    with pytest.raises(UserError, match=r"no column of text with a usual name; .* number, words.*--text-column"):
+        find_texts(path)
+    single = TextFile(path=tmp_path / "empty.txt", start=0, stop=0)
+    assert list(single) == []
+
+
+def test_a_single_document_cannot_be_held_out(tmp_path) -> None:
+    write_text(tmp_path / "1.txt", "one")
+    with pytest.raises(UserError, match="has a single document: none can be held out"):
+        find_texts(str(tmp_path))["train"].cut(0.1)

@@ -1,0 +1,237 @@
+"""Language training from recipe to run directory, and what a run directory knows."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+import allmlp
+from allmlp import training
+from allmlp.checkpoints import run_directory
+from allmlp.data.tokenization import make_tokenizer
+from allmlp.errors import Interrupted, UserError
+from allmlp.language import GMLPForCausalLM, GMLPForMaskedLM, GMLPForSequenceClassification
+from allmlp.training.callbacks import Interruption
+from allmlp.training.language import build_model, parameter_groups, planned_config
+from allmlp.training.language_evaluation import evaluate, generate
+from allmlp.training.language_report import evaluation_text
+from allmlp.training.recipe import RECIPES, Recipe, make_recipe
+from tests.data.texts import TEXT, labelled, write_table, write_text
+
+SETTINGS: dict[str, Any] = {
+    "model": "gmlp_nano",
+    "model_args": {"num_hidden_layers": 2, "hidden_size": 24, "intermediate_size": 48},
+    "context": 16,
+    "max_steps": 60,
+    "batch_size": 16,
+    "lr": 1e-2,
+    "log_every": 10,
+    "eval_every": 30,
+    "precision": "fp32",
+}
+
+
+def recipe(folder: Path, task: str = "text-generation", **settings: Any) -> Recipe:
+    data = settings.pop("data", None) or write_text(folder / "text.txt")
+    return make_recipe({**SETTINGS, "data": data, **settings}, RECIPES[task])
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
+    """A run of a causal model, and its metrics."""
+    folder = tmp_path_factory.mktemp("causal")
+    torch.manual_seed(0)
+    return folder / "run", training.train(recipe(folder, tokenizer="characters"), folder / "run")
+
+
+def test_a_causal_run_learns_and_says_how_much(written) -> None:
+    run, metrics = written
+    assert metrics["nats_per_token"] < 1.5 < math.log(30)
+    assert metrics["nats_per_character"] == pytest.approx(metrics["nats_per_token"])
+    assert metrics["bits_per_byte"] == pytest.approx(metrics["nats_per_byte"] / math.log(2))
+    assert metrics["perplexity"] == pytest.approx(math.exp(metrics["nats_per_token"]))
+    assert metrics["predicted"] == metrics["tokens"] - 1
+    assert (metrics["steps"], metrics["unit"]) == (60, "tokens")
+    assert [entry["step"] for entry in metrics["history"] if "eval_loss" in entry] == [30, 60]
+    assert metrics["history"][-1]["eval_loss"] == pytest.approx(metrics["nats_per_token"], rel=0.02)
+    assert json.loads((run / "metrics.json").read_text()) == metrics
+    for name in ("config.json", "model.safetensors", "recipe.yaml", "tokenizer.json", *metrics["report"]):
+        assert (run / name).stat().st_size > 0
+    assert "nats" in training.summary(metrics, run)
+
+
+def test_a_run_directory_loads_everywhere(written) -> None:
+    run = written[0]
+    models = [allmlp.load(run), AutoModelForCausalLM.from_pretrained(run), allmlp.load(run / "checkpoint-60")]
+    ids = AutoTokenizer.from_pretrained(run)("line 1", return_tensors="pt").input_ids
+    logits = [model.eval()(ids).logits for model in models]
+    assert all(type(model) is GMLPForCausalLM and not model.training for model in models)
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[0], logits[2])
+    text = pipeline("text-generation", model=str(run), device="cpu")("line 1", max_new_tokens=5, do_sample=False)
+    assert text[0]["generated_text"].startswith("line 1")
+
+
+def test_evaluation_gives_the_runs_own_score(written, tmp_path) -> None:
+    run, metrics = written
+    found = evaluate(str(run))
+    assert found["part"] == "held out"
+    for name in ("nats_per_token", "bits_per_character", "perplexity", "tokens"):
+        assert found[name] == pytest.approx(metrics[name], rel=1e-5)
+    assert evaluate(str(run), batch_size=1)["nats_per_token"] == pytest.approx(found["nats_per_token"], rel=1e-5)
+    closer = evaluate(str(run), stride=4)
+    assert closer["predicted"] == found["predicted"]
+    assert closer["nats_per_token"] < found["nats_per_token"]
+    other = evaluate(str(run), write_text(tmp_path / "other.txt", TEXT[:3000] + "üü"))
+    assert (other["part"], other["unknown"]) == ("all", 2)
+    assert "per" in evaluation_text(found)
+
+
+def test_generate_writes_what_a_seed_says(written) -> None:
+    run = str(written[0])
+    prompts = ["line 1", "the quick"]
+    first = generate(run, prompts, max_new_tokens=6, seed=1)
+    assert first == generate(run, prompts, max_new_tokens=6, seed=1)
+    assert [entry["prompt"] for entry in first] == prompts
+    assert all(1 <= entry["tokens"] <= 6 and entry["text"] for entry in first)
+    alone = generate(run, prompts[:1], max_new_tokens=6, temperature=0)
+    together = generate(run, prompts, max_new_tokens=6, temperature=0)
+    assert together[0]["text"] == alone[0]["text"]
+    assert len(generate(run, ["line"], max_new_tokens=50, temperature=0)[0]["text"]) == 12
+    longer = generate(run, ["line"], max_new_tokens=50, temperature=0, context_overflow="reprefill")
+    assert len(longer[0]["text"]) == 50
+    assert len(generate(run, ["line"], max_new_tokens=5, temperature=0, beams=3)[0]["text"]) == 5
+
+
+def test_generate_refuses_in_a_sentence(written) -> None:
+    run = str(written[0])
+    for prompts, settings, message in (
+        (["line", ""], {}, "Prompt 2 is empty"),
+        (["l€"], {}, "does not know '€' in the prompt 'l€'"),
+        (["the quick brown fox"], {}, "the prompt has 19 tokens and leaves no room in the model's context of 16"),
+        (["line"], {"temperature": -1.0}, "temperature and top_k must be at least 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            generate(run, prompts, **settings)
+
+
+def test_a_masked_run_learns(tmp_path) -> None:
+    settings = {"max_steps": 150, "tokenizer": "characters", "mask_share": 0.3, "batch_size": 32}
+    metrics = training.train(recipe(tmp_path, "fill-mask", **settings), tmp_path / "run")
+    assert metrics["nats_per_token"] < 2.4 < math.log(30)
+    assert "nats_per_byte" not in metrics
+    assert type(allmlp.load(tmp_path / "run")) is GMLPForMaskedLM
+    found = evaluate(str(tmp_path / "run"))
+    assert found["nats_per_token"] == pytest.approx(metrics["nats_per_token"], rel=1e-5)
+    with pytest.raises(UserError, match="holds a model for fill-mask; it does not write text"):
+        generate(str(tmp_path / "run"), ["a"])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_classifier_of_texts_learns(tmp_path, causal) -> None:
+    data = write_table(tmp_path / "rows.parquet", labelled(80))
+    sizes = {**SETTINGS["model_args"], "is_decoder": causal}
+    settings = recipe(tmp_path, "text-classification", data=data, model_args=sizes, max_steps=40)
+    metrics = training.train(settings, tmp_path / "run")
+    assert metrics["accuracy"] > 0.9
+    assert metrics["per_class"]["animals"]["texts"] == 4
+    assert (tmp_path / "run/report/confusion.png").is_file()
+    assert "accuracy" in training.summary(metrics, tmp_path / "run")
+    model = allmlp.load(tmp_path / "run")
+    assert type(model) is GMLPForSequenceClassification
+    assert model.config.id2label == {0: "animals", 1: "plants"}
+    classify = pipeline("text-classification", model=str(tmp_path / "run"), device="cpu")
+    assert classify("oak elm ivy")[0]["label"] == "plants"
+    found = evaluate(str(tmp_path / "run"))
+    assert found["accuracy"] == metrics["accuracy"]
+    assert "animals" in evaluation_text(found)
+    write_table(tmp_path / "other.csv", {"text": ["a"] * 4, "label": ["stones", "plants"] * 2})
+    with pytest.raises(UserError, match="has classes that the model does not know: stones"):
+        evaluate(str(tmp_path / "run"), str(tmp_path / "other.csv"))
+
+
+def test_fine_tuning_starts_from_the_weights_and_the_tokenizer(written, tmp_path) -> None:
+    run, metrics = written
+    former = load_file(run / "model.safetensors")
+    go_on = recipe(tmp_path, model=None, model_args={}, start_from=str(run), max_steps=1, lr=1e-9, warmup=0.0)
+    again = training.train(go_on, tmp_path / "again")
+    for name, tensor in load_file(tmp_path / "again/model.safetensors").items():
+        torch.testing.assert_close(tensor, former[name], rtol=0, atol=1e-6)
+    assert again["nats_per_token"] == pytest.approx(metrics["nats_per_token"], rel=1e-4)
+    data = write_table(tmp_path / "rows.csv", labelled())
+    settings = {"model": None, "model_args": {}, "start_from": str(run), "data": data, "max_steps": 1, "lr": 1e-9}
+    training.train(recipe(tmp_path, "text-classification", **settings), tmp_path / "classes")
+    tuned = load_file(tmp_path / "classes/model.safetensors")
+    assert {name for name in tuned if name not in former} == {"score.weight", "score.bias"}
+    torch.testing.assert_close(tuned["model.norm.weight"], former["model.norm.weight"], rtol=0, atol=1e-6)
+    assert (tmp_path / "classes/tokenizer.json").read_text() == (run / "tokenizer.json").read_text()
+
+
+def test_a_stopped_training_goes_on_where_it_was(tmp_path, monkeypatch) -> None:
+    whole = training.train(recipe(tmp_path, max_steps=20, eval_every=10), tmp_path / "whole")
+
+    def stop_at_ten(self: Interruption, args: Any, state: Any, control: Any, **others: Any) -> None:
+        if state.global_step == 10:
+            control.should_training_stop = True
+
+    settings = recipe(tmp_path, max_steps=20, eval_every=10)
+    with monkeypatch.context() as patched:
+        patched.setattr(Interruption, "on_step_end", stop_at_ten)
+        with pytest.raises(Interrupted, match=r"Stopped after step 10 of 20"):
+            training.train(settings, tmp_path / "parts")
+    rest = training.train(settings, tmp_path / "parts", resume=True)
+    assert rest["nats_per_token"] == whole["nats_per_token"]
+
+
+def test_biases_and_norms_do_not_decay(tmp_path) -> None:
+    settings = recipe(tmp_path, weight_decay=0.1)
+    model = build_model(settings, planned_config(settings, None, make_tokenizer("bytes", [])), None)
+    groups = parameter_groups(model, settings)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    still = {names[id(parameter)] for parameter in groups[1]["params"]}
+    assert all(name.endswith("bias") or "norm" in name for name in still)
+    assert {"model.layers.0.sgu.bias", "model.layers.0.sgu.norm.weight", "model.norm.bias"} <= still
+    assert (groups[0]["weight_decay"], groups[1]["weight_decay"]) == (0.1, 0.0)
+    assert sum(len(group["params"]) for group in groups) == len(names)
+
+
+def test_what_cannot_be_trained_is_refused(written, tmp_path) -> None:
+    run = str(written[0])
+    for settings, message in (
+        ({"model": "gmlp_nanoo"}, "no language model 'gmlp_nanoo'. Did you mean 'gmlp_nano'"),
+        ({"model": None}, "name a model, or a run directory to start from"),
+        ({"model_args": {"num_spatial_heads": 5}}, "num_spatial_heads must divide the gate's 256 channels, got 5"),
+        ({"model_args": {"hidden_size": "wide"}}, "The model cannot be made so: .*hidden_size"),
+        ({"context": 100_000}, "the text has .* tokens, too few for windows of 100000"),
+        ({"model": None, "start_from": run, "train_tokenizer": 300, "model_args": {}}, "a tokenizer trained anew"),
+        ({"model": None, "start_from": run, "tokenizer": "bytes", "model_args": {}}, "bytes has 258 tokens, the model"),
+        ({"model": None, "start_from": run, "context": 40, "model_args": {}}, "context of 40 tokens is longer than"),
+        ({"start_from": run}, "has its own size: leave --model away"),
+        ({"tokenizer": "./nothing"}, "is no tokenizer"),
+    ):
+        with pytest.raises(UserError, match=message):
+            training.train(recipe(tmp_path, **{"max_steps": 1, **settings}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_runs_that_do_not_fit_together_are_refused(written, tmp_path) -> None:
+    run = written[0]
+    copy = tmp_path / "copy"
+    run_directory.save_language(copy, allmlp.load(run))
+    with pytest.raises(UserError, match="has no tokenizer beside the model"):
+        generate(str(copy), ["a"])
+    make_tokenizer("bytes", []).save_pretrained(copy)
+    with pytest.raises(UserError, match=r"has 258 tokens, the model a vocabulary of .*: they do not belong together"):
+        evaluate(str(copy), write_text(tmp_path / "a.txt"))
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    with pytest.raises(UserError, match=r"do not match the model.\n.*missing"):
+        allmlp.load(copy)
+    (copy / "config.json").write_text(json.dumps({**config, "hidden_size": "wide"}))
+    with pytest.raises(UserError, match="cannot be loaded"):
+        allmlp.load(copy)
