@@ -1,6 +1,6 @@
 """Images to maps of patch embeddings, and maps to coarser maps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +13,8 @@ class PatchEmbedding(PatchEmbed):
     """timm's patch embedding with channels last: a convolution with kernel and stride `patch_size`, then a norm.
 
     Args:
-        img_size: (height, width) in pixels.
-        patch_size: (height, width) of a patch in pixels.
+        img_size: image size in pixels, one number or (height, width).
+        patch_size: patch size in pixels, one number or (height, width).
         in_chans: channels of the image.
         channels: width of the embedding.
         norm_layer: norm of the channels-last map; none by default.
@@ -25,21 +25,29 @@ class PatchEmbedding(PatchEmbed):
         ValueError: with `fixed_size`, for a size no patch grid fits, naming the nearest that do; for such an input.
     """
 
+    # timm's attributes; the last two are those of models of a fixed size
+    patch_size: tuple[int, int]
+    grid_size: tuple[int, int]
+    num_patches: int
+
     def __init__(
         self,
-        img_size: tuple[int, int],
-        patch_size: tuple[int, int],
+        img_size: int | tuple[int, int] | None,
+        patch_size: int | tuple[int, int],
         in_chans: int,
         channels: int,
         norm_layer: Callable[[int], nn.Module] | None = None,
         *,
         fixed_size: bool,
     ) -> None:
+        image, patch = None if img_size is None else pair(img_size), pair(patch_size)
         if fixed_size:
-            check_patches_tile(img_size, patch_size)
+            if image is None:
+                raise ValueError("img_size is needed: this model mixes a fixed number of tokens")
+            check_patches_tile(image, patch)
         super().__init__(
-            img_size if fixed_size else None,
-            patch_size,  # type: ignore[arg-type]  (timm takes a pair as well)
+            image if fixed_size else None,
+            patch,  # type: ignore[arg-type]  (timm takes a pair as well)
             in_chans,
             channels,
             output_fmt="NHWC",
@@ -49,9 +57,9 @@ class PatchEmbedding(PatchEmbed):
             self.norm = norm_layer(channels)
 
     def forward(self, x: Float[Tensor, "batch chans height width"]) -> Float[Tensor, "batch rows columns channels"]:
-        if self.img_size is not None and x.shape[-2:] != self.img_size:
+        if self.img_size is not None and x.shape[-2:] != pair(self.img_size):
             raise ValueError(
-                f"the image is {_size(tuple(x.shape[-2:]))} pixels, this model was built for {_size(self.img_size)}; "
+                f"the image is {_size(x.shape[-2:])} pixels, this model was built for {_size(pair(self.img_size))}; "
                 "build it with img_size=(height, width)"
             )
         if self.img_size is None:
@@ -120,7 +128,7 @@ def _pad_to_patches(
     return x
 
 
-def check_patches_tile(img_size: tuple[int, int], patch_size: tuple[int, int]) -> None:
+def check_patches_tile(img_size: Sequence[int], patch_size: Sequence[int]) -> None:
     """Raise ValueError unless whole patches tile the image; the message names the nearest sizes that do."""
     if min(img_size) < 1 or min(patch_size) < 1:
         raise ValueError(f"sizes must be positive, got image {_size(img_size)} and patch {_size(patch_size)}")
@@ -135,5 +143,10 @@ def check_patches_tile(img_size: tuple[int, int], patch_size: tuple[int, int]) -
     )
 
 
-def _size(size: tuple[int, int]) -> str:
+def pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of a size given as one number or as both."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _size(size: Sequence[int]) -> str:
     return f"{size[0]}×{size[1]}"

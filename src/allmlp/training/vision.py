@@ -51,7 +51,7 @@ class VisionEngine(Engine):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         # a checkpoint is a run directory too: under timm's own names, and nothing pickled
         if self.args.should_save:
-            run_directory.save_classifier(self._weights(), output_dir or self.args.output_dir)
+            run_directory.save_classifier(self._weights(), output_dir or str(self.args.output_dir))
 
 
 def train(recipe: VisionRecipe, output: str | Path, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:

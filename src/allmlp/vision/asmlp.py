@@ -1,7 +1,7 @@
 """AS-MLP: Lian et al., "AS-MLP: An Axial Shifted MLP Architecture for Vision" (arXiv 2107.08391)."""
 
 from jaxtyping import Float
-from timm.layers import DropPath, to_2tuple
+from timm.layers import DropPath
 from torch import Tensor, nn
 
 from allmlp.layers import AxialShift, ChannelMLP, PatchEmbedding, PatchMerging, SampleNorm
@@ -77,8 +77,7 @@ class ASMLP(VisionMLP):
         drop_path_rate: float = 0.0,
         global_pool: str = "avg",
     ) -> None:
-        patch = to_2tuple(patch_size)
-        stem = PatchEmbedding(to_2tuple(img_size), patch, in_chans, embed_dim, SampleNorm, fixed_size=False)
+        stem = PatchEmbedding(img_size, patch_size, in_chans, embed_dim, SampleNorm, fixed_size=False)
         rates = iter(depth_decayed(drop_path_rate, sum(depths)))
         blocks: list[nn.Module] = []
         levels = []
@@ -92,7 +91,7 @@ class ASMLP(VisionMLP):
                         channels, shift_size=shift_size, mlp_ratio=mlp_ratio, drop=proj_drop_rate, drop_path=next(rates)
                     )
                 )
-            levels.append((len(blocks) - 1, channels, max(patch) * 2**stage))
+            levels.append((len(blocks) - 1, channels, max(stem.patch_size) * 2**stage))
         super().__init__(
             stem=stem,
             blocks=blocks,

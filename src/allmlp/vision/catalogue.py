@@ -146,8 +146,9 @@ def layer_table(name: str, img_size: int | tuple[int, int] | None = None, **argu
         arguments["img_size"] = img_size
     with torch.device("meta"):
         model = timm.create_model(name, **arguments).eval()
-        chans = arguments.get("in_chans", model.pretrained_cfg["input_size"][0])
-        image = torch.empty(1, chans, *model.pretrained_cfg["input_size"][1:])
+        cfg: dict[str, Any] = vars(model)["pretrained_cfg"]
+        chans, height, width = cfg["input_size"]
+        image = torch.empty(1, arguments.get("in_chans", chans), height, width)
         rows = tuple(_layer_rows(model, image))
     return LayerTable(model=name, input=tuple(image.shape[1:]), rows=rows)
 

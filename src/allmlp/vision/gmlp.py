@@ -3,7 +3,7 @@
 from functools import partial
 
 from jaxtyping import Float
-from timm.layers import DropPath, to_2tuple
+from timm.layers import DropPath
 from torch import Tensor, nn
 
 from allmlp.layers import PatchEmbedding, SpatialGatingUnit
@@ -118,7 +118,7 @@ class GMLP(VisionMLP):
         drop_path_rate: float = 0.0,
         global_pool: str = "avg",
     ) -> None:
-        stem = PatchEmbedding(to_2tuple(img_size), to_2tuple(patch_size), in_chans, embed_dim, fixed_size=True)
+        stem = PatchEmbedding(img_size, patch_size, in_chans, embed_dim, fixed_size=True)
         block = partial(
             GMLPBlock,
             embed_dim,

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Literal
 
 from jaxtyping import Float
-from timm.layers import DropPath, to_2tuple
+from timm.layers import DropPath
 from torch import Tensor, nn
 
 from allmlp.layers import ChannelMLP, PatchEmbedding, TokenMixingMLP
@@ -69,7 +69,7 @@ class MixerBlock(nn.Module):
         self.norm1 = nn.LayerNorm(channels, eps=norm_eps)
         self.mlp_tokens = TokenMixingMLP(tokens, token_hidden, drop, act_layer)
         self.norm2 = nn.LayerNorm(channels, eps=norm_eps)
-        self.mlp_channels = ChannelMLP(channels, channel_hidden, act_layer=act_layer, drop=drop)
+        self.mlp_channels = ChannelMLP(channels, channel_hidden, act_layer=act_layer, drop=drop)  # type: ignore[arg-type]  (timm calls it)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Float[Tensor, "batch height width channels"]) -> Float[Tensor, "batch height width channels"]:
@@ -116,7 +116,7 @@ class Mixer(VisionMLP):
     ) -> None:
         if act_layer not in _ACTIVATIONS:
             raise ValueError(f"act_layer must be one of {', '.join(_ACTIVATIONS)}, got {act_layer!r}")
-        stem = PatchEmbedding(to_2tuple(img_size), to_2tuple(patch_size), in_chans, embed_dim, fixed_size=True)
+        stem = PatchEmbedding(img_size, patch_size, in_chans, embed_dim, fixed_size=True)
         block = partial(
             MixerBlock,
             embed_dim,

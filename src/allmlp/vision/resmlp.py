@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 from jaxtyping import Float
-from timm.layers import DropPath, to_2tuple
+from timm.layers import DropPath
 from torch import Tensor, nn
 
 from allmlp.layers import Affine, ChannelMLP, PatchEmbedding, TokenLinear
@@ -92,7 +92,7 @@ class ResMLP(VisionMLP):
         drop_path_rate: float = 0.0,
         global_pool: str = "avg",
     ) -> None:
-        stem = PatchEmbedding(to_2tuple(img_size), to_2tuple(patch_size), in_chans, embed_dim, fixed_size=True)
+        stem = PatchEmbedding(img_size, patch_size, in_chans, embed_dim, fixed_size=True)
         block = partial(
             ResMLPBlock, embed_dim, stem.num_patches, mlp_ratio=mlp_ratio, init_scale=init_scale, drop=proj_drop_rate
         )

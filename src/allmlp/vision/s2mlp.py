@@ -4,7 +4,7 @@ from functools import partial
 from typing import Literal
 
 from jaxtyping import Float
-from timm.layers import DropPath, to_2tuple
+from timm.layers import DropPath
 from torch import Tensor, nn
 
 from allmlp.layers import Affine, ChannelMLP, PatchEmbedding, SpatialShift
@@ -101,9 +101,7 @@ class S2MLP(VisionMLP):
         global_pool: str = "avg",
     ) -> None:
         norm_layer = _norm_layer(norm, norm_eps)
-        stem = PatchEmbedding(
-            to_2tuple(img_size), to_2tuple(patch_size), in_chans, embed_dim, norm_layer, fixed_size=False
-        )
+        stem = PatchEmbedding(img_size, patch_size, in_chans, embed_dim, norm_layer, fixed_size=False)
         block = partial(S2MLPBlock, embed_dim, mlp_ratio=mlp_ratio, norm_layer=norm_layer, drop=proj_drop_rate)
         super().__init__(
             stem=stem,

@@ -5,7 +5,7 @@ from itertools import accumulate
 from typing import Any
 
 from jaxtyping import Float
-from timm.layers import DropPath, to_2tuple
+from timm.layers import DropPath
 from torch import Tensor, nn
 
 from allmlp.layers import ChannelMLP, PatchDownsampling, PatchEmbedding, SpatialShift, SplitAttention
@@ -120,8 +120,7 @@ class S2MLPv2(VisionMLP):
     ) -> None:
         if len(depths) != len(embed_dims):
             raise ValueError(f"depths and embed_dims must name as many stages, got {depths} and {embed_dims}")
-        patch = to_2tuple(patch_size)
-        stem = PatchEmbedding(to_2tuple(img_size), patch, in_chans, embed_dims[0], fixed_size=False)
+        stem = PatchEmbedding(img_size, patch_size, in_chans, embed_dims[0], fixed_size=False)
         rates = iter(depth_decayed(drop_path_rate, sum(depths)))
         blocks: list[nn.Module] = []
         levels = []
@@ -129,7 +128,7 @@ class S2MLPv2(VisionMLP):
             if stage:
                 blocks.append(PatchDownsampling(embed_dims[stage - 1], channels))
             for _ in range(depth):
-                levels.append((len(blocks), channels, max(patch) * 2**stage))
+                levels.append((len(blocks), channels, max(stem.patch_size) * 2**stage))
                 blocks.append(
                     S2MLPv2Block(
                         channels, mlp_ratio=mlp_ratio, norm_eps=norm_eps, drop=proj_drop_rate, drop_path=next(rates)

@@ -3,7 +3,7 @@
 from typing import Literal
 
 from jaxtyping import Float
-from timm.layers import DropPath, to_2tuple
+from timm.layers import DropPath
 from torch import Tensor, nn
 
 from allmlp.layers import ChannelMLP, PatchDownsampling, PatchEmbedding, PermuteMLP, WeightedPermuteMLP
@@ -122,10 +122,9 @@ class VisionPermutator(VisionMLP):
             )
         if mixing not in _MIXERS:
             raise ValueError(f"mixing must be one of {', '.join(_MIXERS)}, got {mixing!r}")
-        patch = to_2tuple(patch_size)
-        stem = PatchEmbedding(to_2tuple(img_size), patch, in_chans, embed_dims[0], fixed_size=True)
+        stem = PatchEmbedding(img_size, patch_size, in_chans, embed_dims[0], fixed_size=True)
         rates = iter(depth_decayed(drop_path_rate, sum(depths)))
-        grid, reduction = stem.grid_size, max(patch)
+        grid, reduction = stem.grid_size, max(stem.patch_size)
         blocks: list[nn.Module] = []
         levels = []
         for stage, (depth, channels) in enumerate(zip(depths, embed_dims, strict=True)):
