@@ -40,7 +40,7 @@ def test_curves_show_every_point_of_the_history() -> None:
     history += [
         {"epoch": e, "step": 4 * e, "eval_loss": 1.0, "eval_accuracy": 0.5 * e, "eval_top5": 1.0} for e in (1, 2)
     ]
-    left, right = report.draw_curves(history).axes
+    left, right = report.draw_curves(history, 1.0).axes
     assert [len(line.get_xdata()) for line in left.lines] == [8, 2]
     assert right.lines[0].get_ydata().tolist() == [50, 100]
     assert "100.00%" in [text.get_text() for text in right.texts]

@@ -74,7 +74,7 @@ def write(
         images = images.subset((~held_out.broken).nonzero().flatten().numpy())
     write_samples(directory / "samples", images, classes)
     figures = {
-        "curves": draw_curves(history),
+        "curves": draw_curves(history, (logits.argmax(1) == labels).double().mean().item()),
         "confusion": draw_confusion(labels, logits.argmax(1), classes),
         "predictions": draw_predictions(images, logits, labels, classes),
         "spatial_weights": draw_spatial_weights(model),
@@ -89,8 +89,8 @@ def save(figure: Figure, path: Path) -> Path:
     return path
 
 
-def draw_curves(history: Sequence[dict[str, float]]) -> Figure:
-    """Loss and accuracy over the epochs."""
+def draw_curves(history: Sequence[dict[str, float]], final: float) -> Figure:
+    """Loss and accuracy over the epochs; the final accuracy, measured in float32, is written at the end."""
     trained = [(entry["epoch"], entry["loss"]) for entry in history if "loss" in entry]
     tested = [entry for entry in history if "eval_loss" in entry]
     epochs = [entry["epoch"] for entry in tested]
@@ -110,7 +110,7 @@ def draw_curves(history: Sequence[dict[str, float]]) -> Figure:
             right.legend(loc="lower right")
         if accuracy:
             last = (epochs[-1], accuracy[-1])
-            right.annotate(f"{last[1]:.2f}%", last, xytext=(-4, -14), ha="right", textcoords="offset points")
+            right.annotate(f"{final:.2%}", last, xytext=(-4, -14), ha="right", textcoords="offset points")
         right.set(title="Accuracy on held-out images (%)", xlabel="epoch")
         right.autoscale(axis="y")
         for axes in (left, right):
