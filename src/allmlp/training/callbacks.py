@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import signal
 import sys
 import threading
@@ -38,7 +39,7 @@ class Progress(TrainerCallback):
     def __init__(self, unit: str, per_step: int):
         self.unit, self.per_step = unit, per_step
         self.bar: tqdm | None = None
-        self.loss = float("nan")
+        self.loss: float | None = None
         self.seconds = 0.0
         self.steps = 0
         self.since: float | None = None
@@ -85,7 +86,9 @@ class Progress(TrainerCallback):
         if not state.is_world_process_zero:
             return
         parts = [f"epoch {state.epoch:5.1f} of {args.num_train_epochs:g}", f"step {state.global_step:,}"]
-        parts += [f"loss {self.loss:.4f}", f"held-out loss {metrics['eval_loss']:.4f}"]
+        if self.loss is not None:
+            parts.append(f"loss {self.loss:.4f}")
+        parts.append(f"held-out loss {metrics['eval_loss']:.4f}")
         if "eval_accuracy" in metrics:
             parts.append(f"accuracy {metrics['eval_accuracy']:.2%}")
         parts.append(f"{self.rate:,.0f} {self.unit}/s")
@@ -205,6 +208,7 @@ class Interruption(TrainerCallback):
 
     def __init__(self) -> None:
         self.asked = False
+        self.process = os.getpid()
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -221,6 +225,11 @@ class Interruption(TrainerCallback):
                 signal.signal(number, handler)
 
     def _ask(self, number: int, frame: Any) -> None:
+        if os.getpid() != self.process:
+            # a process that prepares data inherits this; it ends when it is told to, not at Ctrl-C
+            if number == signal.SIGTERM:
+                sys.exit()
+            return
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
