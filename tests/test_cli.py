@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import allmlp
 from allmlp.cli import main
+from tests.checkpoints import originals
 from tests.pictures import picture, write_classes
 
 ROOT = Path(__file__).parents[1]
@@ -215,6 +218,22 @@ class TestConvert:
         assert answer["model"] == "GMLPForCausalLM"
         assert answer["parameters"] == 34274
         assert answer["notes"] == []
+
+    def test_a_language_model_of_bytes_becomes_a_run(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        original = originals.lucidrains_language(causal=True, num_tokens=256, seq_len=16).model
+        torch.save({f"net.{name}": tensor for name, tensor in original.state_dict().items()}, tmp_path / "gmlp.pt")
+        run, text = str(tmp_path / "run"), tmp_path / "text.txt"
+        text.write_text("to be or not to be, " * 40)
+        command = ["convert", str(tmp_path / "gmlp.pt"), "--output", run, "--set", "causal=true", "gate_act=none"]
+        assert main([*command, "--tokenizer", "bytes"]) == 0
+        assert main(["generate", run, "--prompt", "to be", "--max-new-tokens", "4", "--temperature", "0"]) == 0
+        assert main(["evaluate", run, str(text)]) == 0
+        capsys.readouterr()
+        prompt = torch.tensor([list(b"to be or not")])
+        with torch.no_grad():
+            assert torch.allclose(allmlp.load(run)(prompt).logits, original.float()(prompt), atol=1e-4)
+        more = ["train", str(text), "--from", run, "--output", str(tmp_path / "more"), "--max-steps", "1"]
+        assert main([*more, "--batch-size", "2", "--precision", "fp32"]) == 0
 
     def test_a_source_is_checked(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         checkpoint = str(GOLDEN / "vip_small7" / "checkpoint.pth")

@@ -308,13 +308,16 @@ def _add_convert(commands: Any) -> None:
         help="what the checkpoint does not store, such as causal=true gate_act=none shift_size=5 img_size=[192,256]",
     )
     parser.add_argument("--classes", metavar="FILE", help="the names of an image model's classes, one a line")
-    parser.add_argument("--tokenizer", metavar="T", help="a language model's tokenizer: a directory or the Hub's name")
+    parser.add_argument(
+        "--tokenizer", metavar="T", help="a language model's tokenizer: bytes, a directory or the Hub's name"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a former run in the run directory")
     parser.add_argument("--json", action="store_true", help="answer in JSON")
 
 
 def _convert(options: argparse.Namespace) -> None:
     from allmlp.checkpoints import conversion, pretrained
+    from allmlp.data.tokenization import fitting_tokenizer
 
     facts = dict(fact for given in options.facts for fact in given)
     names = Path(options.classes).read_text(encoding="utf-8").splitlines() if options.classes else None
@@ -322,8 +325,9 @@ def _convert(options: argparse.Namespace) -> None:
         found = pretrained.from_timm(options.checkpoint.removeprefix(pretrained.TIMM))
     else:
         found = conversion.convert_checkpoint(options.checkpoint, options.source, facts)
+    tokenizer = fitting_tokenizer(options.tokenizer, found.model) if options.tokenizer else None
     conversion.write_run_directory(
-        found, options.output, classes=names, tokenizer=options.tokenizer, overwrite=options.overwrite
+        found, options.output, classes=names, tokenizer=tokenizer, overwrite=options.overwrite
     )
     answer = {**found.summary(), "run_directory": options.output}
     _answer(options, answer, lambda: conversion.summary_text(answer))

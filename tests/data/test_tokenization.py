@@ -1,10 +1,12 @@
 import numpy as np
 import pytest
+from torch import nn
 from transformers import AutoTokenizer
 
 from allmlp.data.text_sources import find_texts
-from allmlp.data.tokenization import BYTES, CHARACTERS, END, encode, load_tokenizer, make_tokenizer
+from allmlp.data.tokenization import BYTES, CHARACTERS, END, encode, fitting_tokenizer, load_tokenizer, make_tokenizer
 from allmlp.errors import UserError
+from allmlp.language import GMLPConfig, GMLPForCausalLM
 from tests.data.texts import TEXT, write_table, write_text
 
 STRANGE = "naïve façade 🦊\t\r\n\u2028 end"
@@ -50,6 +52,23 @@ def test_bytes_are_their_own_numbers_and_need_not_be_text(tmp_path) -> None:
     assert found.ids.tolist() == list(range(256)) * 2
     assert found.ids.dtype == np.uint8
     assert len(tokenizer) == 258
+
+
+@pytest.mark.parametrize(("vocabulary", "tokens"), [(256, 256), (257, 256), (258, 258), (300, 258)])
+def test_bytes_fit_the_vocabulary_of_a_model(vocabulary: int, tokens: int) -> None:
+    model = GMLPForCausalLM(GMLPConfig.named("gmlp_nano", vocab_size=vocabulary, num_hidden_layers=1))
+    tokenizer = fitting_tokenizer(BYTES, model)
+    assert len(tokenizer) == tokens
+    assert tokenizer("aß")["input_ids"] == list("aß".encode())
+    assert tokenizer(["a", "bc"], padding=True)["attention_mask"] == [[0, 1], [1, 1]]
+
+
+def test_a_tokenizer_that_fits_no_model_is_refused(tmp_path) -> None:
+    model = GMLPForCausalLM(GMLPConfig.named("gmlp_nano", vocab_size=100, num_hidden_layers=1))
+    with pytest.raises(UserError, match="bytes has 256 tokens, the model a vocabulary of 100"):
+        fitting_tokenizer(BYTES, model)
+    with pytest.raises(UserError, match="only a language model has a tokenizer"):
+        fitting_tokenizer(BYTES, nn.Linear(2, 2))
 
 
 def test_characters_count_what_they_do_not_know(tmp_path) -> None:

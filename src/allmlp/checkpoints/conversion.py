@@ -185,7 +185,7 @@ def write_run_directory(
     directory: str | Path,
     *,
     classes: Sequence[str] | None = None,
-    tokenizer: str | None = None,
+    tokenizer: Any = None,
     overwrite: bool = False,
 ) -> None:
     """Writes a converted checkpoint as a run directory.
@@ -194,11 +194,11 @@ def write_run_directory(
         conversion: What `convert_checkpoint` gives.
         directory: Where to.
         classes: The names of an image model's classes; numbers where they are not known.
-        tokenizer: A language model's tokenizer, a directory or a name on the Hub, to be put beside it.
+        tokenizer: A language model's tokenizer, to be put beside it.
         overwrite: Replace a run that lies there.
 
     Raises:
-        UserError: There is a run already, or names or tokenizer do not fit the model.
+        UserError: There is a run already, or the names do not fit the model.
     """
     directory, model, architecture = Path(directory), conversion.model, conversion.architecture
     if (directory / run_directory.CONFIG).exists() and not overwrite:
@@ -206,31 +206,15 @@ def write_run_directory(
     if isinstance(architecture, LanguageArchitecture):
         if classes:
             raise UserError("This is a language model: it has no classes to be named.")
-        beside = _tokenizer(tokenizer, architecture) if tokenizer else None
         run_directory.clear(directory)
-        run_directory.save_language(directory, model, beside)
+        run_directory.save_language(directory, model, tokenizer)
         return
-    if tokenizer:
-        raise UserError("This is an image model: it has no tokenizer.")
     names = classes or conversion.classes or [str(index) for index in range(architecture.num_classes)]
     if len(names) != architecture.num_classes:
         raise UserError(f"The model has {architecture.num_classes} classes, but there are {len(names)} names.")
     run_directory.clear(directory)
     wrapped = run_directory.classifier(model, architecture.name, architecture.model_args, names)
     run_directory.save_classifier(wrapped, directory)
-
-
-def _tokenizer(name: str, architecture: LanguageArchitecture) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{name} holds no tokenizer that transformers can load: {error}") from error
-    if len(tokenizer) > architecture.config["vocab_size"]:
-        vocabulary = architecture.config["vocab_size"]
-        raise UserError(f"{name} has {len(tokenizer)} tokens, the model's vocabulary has {vocabulary}.")
-    return tokenizer
 
 
 def _identify(tensors: Mapping[str, Tensor], source: str | None) -> tuple[Layout, Tensors]:

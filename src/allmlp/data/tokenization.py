@@ -54,7 +54,7 @@ def make_tokenizer(name: str, texts: Iterable[Texts], *, trained_size: int | Non
     if trained_size is not None:
         tokenizer = _trained(texts, trained_size)
     elif name == BYTES:
-        tokenizer = _bytes()
+        tokenizer = _bytes(eos_token=END)
     elif name == CHARACTERS:
         tokenizer = _characters(texts)
     else:
@@ -69,6 +69,34 @@ def make_tokenizer(name: str, texts: Iterable[Texts], *, trained_size: int | Non
         tokenizer.pad_token = tokenizer.eos_token
     # generate() wants the padding on the left, and other tasks do not mind; what is saved are the first settings
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
+    return tokenizer
+
+
+def fitting_tokenizer(name: str, model: Any) -> Any:
+    """The tokenizer that `name` asks for, for a model that has its vocabulary already.
+
+    Args:
+        name: `bytes`, a `tokenizer.json`, a directory, or a name on the Hub. Of bytes there are 256; end of text and
+            mask stand behind them where the vocabulary has room.
+        model: a language model.
+
+    Raises:
+        UserError: there is no such tokenizer, it has more tokens than the model, or this is no language model.
+    """
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
+    if vocabulary is None:
+        raise UserError("only a language model has a tokenizer")
+    if name != BYTES:
+        tokenizer = load_tokenizer(name)
+    elif vocabulary < 258:
+        # no text holds the byte 0
+        tokenizer = _bytes(pad_token=bytes_to_unicode()[0], padding_side="left")
+    else:
+        tokenizer = make_tokenizer(BYTES, [])
+    if len(tokenizer) > vocabulary:
+        raise UserError(
+            f"{name} has {len(tokenizer)} tokens, the model a vocabulary of {vocabulary}: they do not belong together"
+        )
     return tokenizer
 
 
@@ -157,13 +185,13 @@ def _batches(texts: Iterable[str], characters: int = 2**22) -> Iterator[list[str
         yield batch
 
 
-def _bytes() -> PreTrainedTokenizerFast:
+def _bytes(**settings: Any) -> PreTrainedTokenizerFast:
     """A token for each byte, its number the byte's value."""
     backend = Tokenizer(models.BPE({letter: byte for byte, letter in bytes_to_unicode().items()}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token=END, clean_up_tokenization_spaces=False, **{_UNIT: BYTES}
+        tokenizer_object=backend, clean_up_tokenization_spaces=False, **{_UNIT: BYTES}, **settings
     )
 
 

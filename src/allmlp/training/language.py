@@ -12,7 +12,7 @@ from allmlp.checkpoints import run_directory
 from allmlp.data.image_batches import as_is
 from allmlp.data.labelled_texts import TextBatches, load_labelled_texts
 from allmlp.data.text import Masking, TokenWindows, load_text
-from allmlp.data.tokenization import BYTES, load_tokenizer, make_tokenizer
+from allmlp.data.tokenization import BYTES, fitting_tokenizer, make_tokenizer
 from allmlp.errors import UserError
 from allmlp.language import GMLPConfig, GMLPForCausalLM, GMLPForMaskedLM, GMLPForSequenceClassification
 from allmlp.training import language_report
@@ -259,13 +259,7 @@ def _given_tokenizer(recipe: LanguageRecipe, start: Any) -> Any:
         raise UserError("A model to start from has its vocabulary: a tokenizer trained anew does not fit it.")
     if recipe.tokenizer is None:
         return model_tokenizer(str(recipe.start_from), start)
-    found = make_tokenizer(BYTES, []) if recipe.tokenizer == BYTES else load_tokenizer(recipe.tokenizer)
-    if len(found) > start.config.vocab_size:
-        raise UserError(
-            f"{recipe.tokenizer} has {len(found)} tokens, the model in {recipe.start_from} a vocabulary of "
-            f"{start.config.vocab_size}: they do not belong together."
-        )
-    return found
+    return fitting_tokenizer(recipe.tokenizer, start)
 
 
 def _engine(
