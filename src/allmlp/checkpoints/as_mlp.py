@@ -10,6 +10,7 @@ from allmlp.checkpoints.layout import (
     Layout,
     Tensors,
     count,
+    find_head,
     numbered,
     parse_count,
     parse_size,
@@ -37,9 +38,8 @@ _BLOCK = {
 
 def _as_mlp(tensors: Tensors, facts: Facts) -> tuple[VisionArchitecture, Tensors]:
     embed_dim, in_chans, *patch_size = shape(tensors, "patch_embed.proj.weight", 4)
-    modules = {"patch_embed.proj": "stem.proj", "patch_embed.norm": "stem.norm", "norm": "norm"}
-    if "head.weight" in tensors:
-        modules["head"] = "head"
+    num_classes, head = find_head(tensors)
+    modules = {"patch_embed.proj": "stem.proj", "patch_embed.norm": "stem.norm", "norm": "norm", **head}
     depths, index = [], 0
     for stage in range(count(tensors, "layers.")):
         if stage:
@@ -54,7 +54,7 @@ def _as_mlp(tensors: Tensors, facts: Facts) -> tuple[VisionArchitecture, Tensors
     architecture = vision_architecture(
         ASMLP,
         asmlp.VARIANTS,
-        num_classes=shape(tensors, "head.weight", 2)[0] if "head.weight" in tensors else 0,
+        num_classes=num_classes,
         img_size=facts.get("img_size", (224, 224)),
         in_chans=in_chans,
         patch_size=tuple(patch_size),

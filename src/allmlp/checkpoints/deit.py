@@ -7,6 +7,7 @@ from allmlp.checkpoints.layout import (
     Layout,
     Tensors,
     count,
+    find_head,
     numbered,
     rename,
     shape,
@@ -27,10 +28,11 @@ def _resmlp(tensors: Tensors, facts: Facts) -> tuple[VisionArchitecture, Tensors
     embed_dim, in_chans, *patch = shape(tensors, "patch_embed.proj.weight", 4)
     patch_size = (patch[0], patch[1])
     blocks = count(tensors, "blocks.")
+    num_classes, head = find_head(tensors)
     architecture = vision_architecture(
         ResMLP,
         resmlp.VARIANTS,
-        num_classes=shape(tensors, "head.weight", 2)[0] if "head.weight" in tensors else 0,
+        num_classes=num_classes,
         img_size=square_image(shape(tensors, "blocks.0.attn.weight", 2)[0], patch_size, facts),
         in_chans=in_chans,
         patch_size=patch_size,
@@ -38,9 +40,7 @@ def _resmlp(tensors: Tensors, facts: Facts) -> tuple[VisionArchitecture, Tensors
         embed_dim=embed_dim,
         mlp_ratio=ratio(shape(tensors, "blocks.0.mlp.fc1.weight", 2)[0], embed_dim),
     )
-    modules = {"patch_embed.proj": "stem.proj", "norm": "norm"}
-    if "head.weight" in tensors:
-        modules["head"] = "head"
+    modules = {"patch_embed.proj": "stem.proj", "norm": "norm", **head}
     for index in range(blocks):
         modules |= numbered({**_BLOCK, "": ""}, f"blocks.{index}", f"blocks.{index}")
     renamed = rename(tensors, modules)

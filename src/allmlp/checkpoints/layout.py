@@ -117,6 +117,13 @@ def rename(tensors: Mapping[str, Tensor], modules: Mapping[str, str]) -> Tensors
     return renamed
 
 
+def find_head(tensors: Mapping[str, Tensor]) -> tuple[int, dict[str, str]]:
+    """The number of classes, and the head's name for `rename`; 0 and no name for a checkpoint without a head."""
+    if "head.weight" not in tensors:
+        return 0, {}
+    return shape(tensors, "head.weight", 2)[0], {"head": "head"}
+
+
 def numbered(pairs: Mapping[str, str], old: str, new: str) -> dict[str, str]:
     """`pairs` of module names inside a block, with the block's old and new name in front; "" is the block itself."""
     return {f"{old}.{theirs}".rstrip("."): f"{new}.{ours}".rstrip(".") for theirs, ours in pairs.items()}

@@ -15,6 +15,7 @@ from allmlp.checkpoints.layout import (
     Layout,
     Tensors,
     count,
+    find_head,
     numbered,
     rename,
     shape,
@@ -75,7 +76,7 @@ def _sizes(tensors: Tensors, tokens: int, facts: Facts) -> dict[str, Any]:
     embed_dim, in_chans, *patch = shape(tensors, "stem.proj.weight", 4)
     patch_size = (patch[0], patch[1])
     return {
-        "num_classes": shape(tensors, "head.weight", 2)[0] if "head.weight" in tensors else 0,
+        "num_classes": find_head(tensors)[0],
         "img_size": square_image(tokens, patch_size, facts),
         "in_chans": in_chans,
         "patch_size": patch_size,
@@ -86,9 +87,7 @@ def _sizes(tensors: Tensors, tokens: int, facts: Facts) -> dict[str, Any]:
 
 def _modules(tensors: Mapping[str, Tensor], block: Mapping[str, str]) -> dict[str, str]:
     """timm's module names and ours; the number of blocks and whether there is a head are the same on both sides."""
-    names = {"stem.proj": "stem.proj", "norm": "norm"}
-    if "head.weight" in tensors:
-        names["head"] = "head"
+    names = {"stem.proj": "stem.proj", "norm": "norm", **find_head(tensors)[1]}
     for index in range(count(tensors, "blocks.")):
         names |= numbered(block, f"blocks.{index}", f"blocks.{index}")
     return names

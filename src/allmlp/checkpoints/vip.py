@@ -1,7 +1,18 @@
 """Vision Permutator as its authors save it (houqb/VisionPermutator, models/vip.py)."""
 
 from allmlp.checkpoints.architecture import VisionArchitecture, ratio, vision_architecture
-from allmlp.checkpoints.layout import Fact, Facts, Layout, Tensors, count, numbered, parse_size, rename, shape
+from allmlp.checkpoints.layout import (
+    Fact,
+    Facts,
+    Layout,
+    Tensors,
+    count,
+    find_head,
+    numbered,
+    parse_size,
+    rename,
+    shape,
+)
 from allmlp.errors import UserError
 from allmlp.vision import VisionPermutator, vip
 
@@ -18,9 +29,8 @@ def _vip(tensors: Tensors, facts: Facts) -> tuple[VisionArchitecture, Tensors]:
     weighted = "network.0.0.attn.reweight.fc1.weight" in tensors
     block_modules = {name: name for name in (*_BLOCK, *(_REWEIGHT if weighted else ()))}
 
-    modules = {"patch_embed.proj": "stem.proj", "norm": "norm"}
-    if "head.weight" in tensors:
-        modules["head"] = "head"
+    num_classes, head = find_head(tensors)
+    modules = {"patch_embed.proj": "stem.proj", "norm": "norm", **head}
     depths, embed_dims, segments, downsample_after = [], [], [], []
     index = 0
     for entry in range(count(tensors, "network.")):
@@ -42,7 +52,7 @@ def _vip(tensors: Tensors, facts: Facts) -> tuple[VisionArchitecture, Tensors]:
     architecture = vision_architecture(
         VisionPermutator,
         vip.VARIANTS,
-        num_classes=shape(tensors, "head.weight", 2)[0] if "head.weight" in tensors else 0,
+        num_classes=num_classes,
         img_size=img_size,
         in_chans=in_chans,
         patch_size=(patch[0], patch[1]),
