@@ -1,6 +1,6 @@
 """Every all-MLP architecture: vision models are timm models, language models are transformers models.
 
-Importing this package registers them with both libraries.
+Importing this package registers them with both libraries, with transformers when its Auto classes are imported.
 """
 
 import sys
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from allmlp._version import __version__
+from allmlp.deferred import import_after
 
 # What is not needed to build a model is imported when it is first asked for.
 _LAZY = {
@@ -39,6 +40,7 @@ def _is_command_line() -> bool:
 # The command line answers --help before it loads torch; its commands import the rooms they need.
 if not _is_command_line():
     import_module("allmlp.vision")
-    import_module("allmlp.language")
+    # What the language models are made of takes a second to load, which those who only see need not wait for.
+    import_after("transformers.models.auto.configuration_auto", "allmlp.language")
 
 __all__ = ["__version__", *_LAZY]

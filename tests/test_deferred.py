@@ -1,0 +1,80 @@
+"""Imports that wait: neither too early, nor forgotten."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from allmlp.deferred import import_after
+
+FILES = {
+    "host/__init__.py": "",
+    "host/trigger.py": "from host import leaf",
+    "host/leaf.py": "",
+    # imports the trigger halfway through itself, as transformers' modeling_utils does
+    "host/outer.py": "import host.trigger\nready = True",
+    "host/broken.py": "import host.trigger\nraise RuntimeError('broken')",
+    "follower.py": "import host.trigger\nfrom host.outer import ready as saw",
+}
+
+
+@pytest.fixture(autouse=True)
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package that is gone afterwards."""
+    for name, text in FILES.items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    for name in FILES:
+        module = name.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+        monkeypatch.delitem(sys.modules, module, raising=False)
+
+
+def test_it_comes_after_the_outermost_import_of_the_package() -> None:
+    finders = list(sys.meta_path)
+    import_after("host.trigger", "follower")
+    import host.leaf
+
+    assert "follower" not in sys.modules
+    import host.outer
+
+    assert sys.modules["follower"].saw
+    assert sys.meta_path == finders
+    assert host.leaf.__spec__.loader.get_source("host.leaf") == ""
+
+
+def test_a_trigger_that_is_there_already() -> None:
+    import host.trigger  # noqa: F401
+
+    import_after("host.trigger", "follower")
+    assert "follower" in sys.modules
+
+
+def test_an_import_that_fails_is_left_to_fail_and_the_next_counts() -> None:
+    import_after("host.trigger", "follower")
+    with pytest.raises(RuntimeError, match="broken"):
+        import host.broken
+    assert "follower" not in sys.modules
+    import host.leaf
+    import host.outer  # noqa: F401
+
+    assert "follower" in sys.modules
+
+
+def test_transformers_knows_the_language_models_whatever_is_imported_first() -> None:
+    code = """
+import sys
+import allmlp
+import timm, transformers
+assert "allmlp.language" not in sys.modules, "loaded before it is needed"
+from transformers import BertModel
+from transformers import AutoConfig, AutoModelForCausalLM
+config = AutoConfig.for_model("gmlp", vocab_size=8, num_hidden_layers=1, hidden_size=8, intermediate_size=16)
+assert isinstance(AutoModelForCausalLM.from_config(config), allmlp.GMLPForCausalLM)
+"""
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
