@@ -5,7 +5,7 @@
 
 The gMLP paper's pretraining scaled down (its section 4 and appendix): 15% of the tokens masked, AdamW with ε 1e-6,
 β .9 and .999, weight decay .01, a tenth of the steps of warm-up, linear decay, no clipping, no dropout. Tokens are
-characters; the last tenth of the text is held out. BERT is transformers', with learnt positions, as its authors made it.
+characters; the last tenth of the text is held out. BERT is transformers', with learnt positions, as published.
 """
 
 import argparse
