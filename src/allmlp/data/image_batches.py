@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from timm.data import Mixup, create_transform
+from timm.data import DEFAULT_CROP_PCT, Mixup, create_transform
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import transforms
 
 from allmlp.data.images import IMAGE_MODES
-from allmlp.data.labelled_images import LabelledImages, UnreadableImage, decode
+from allmlp.data.labelled_images import PIXEL_LIMIT, LabelledImages, UnreadableImage, decode
 from allmlp.errors import UserError
 
 ImageTransform = Any
@@ -113,7 +113,11 @@ def as_is(batch: Any) -> Any:
 def evaluation_transform(cfg: Mapping[str, Any]) -> ImageTransform:
     """timm's resize and centre crop for a model's `pretrained_cfg`."""
     keys = ("input_size", "interpolation", "crop_pct", "crop_mode")
-    return create_transform(**{key: cfg[key] for key in keys if cfg.get(key)}, is_training=False, use_prefetcher=True)
+    transform = create_transform(
+        **{key: cfg[key] for key in keys if cfg.get(key)}, is_training=False, use_prefetcher=True
+    )
+    transform.transforms.insert(0, _Bounded(max(cfg["input_size"][-2:]) / (cfg.get("crop_pct") or DEFAULT_CROP_PCT)))
+    return transform
 
 
 def training_transform(
@@ -159,6 +163,22 @@ def training_transform(
         transform.transforms[:1] = [*resize, shift]
     _keep_a_bit(transform)
     return transform
+
+
+class _Bounded:
+    """Refuses an image that would be too large with its shorter side resized to `side` pixels."""
+
+    def __init__(self, side: float):
+        self.side = side
+
+    def __call__(self, image: Any) -> Any:
+        pixels = self.side**2 * max(image.size) / min(image.size)
+        if pixels > PIXEL_LIMIT:
+            width, height = image.size
+            raise UnreadableImage(
+                f"{width:,} × {height:,} pixels would become {pixels:,.0f} with the shorter side at {self.side:,.0f}"
+            )
+        return image
 
 
 def _keep_a_bit(transform: ImageTransform) -> None:

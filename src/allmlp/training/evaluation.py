@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -17,7 +16,7 @@ from allmlp.checkpoints import run_directory
 from allmlp.checkpoints.run_directory import TimmModel
 from allmlp.data.image_batches import ImageBatches, as_is, evaluation_transform
 from allmlp.data.images import IMAGE_MODES, load_images, read_all, read_images
-from allmlp.data.labelled_images import LabelledImages
+from allmlp.data.labelled_images import SUFFIXES, LabelledImages
 from allmlp.errors import UserError
 from allmlp.tables import table
 from allmlp.training.recipe import VisionRecipe, make_recipe, read_settings
@@ -240,7 +239,7 @@ def _files(files: Sequence[str]) -> list[Path]:
     for file in files:
         path = Path(file)
         if path.is_dir():
-            inside = sorted(child for child in path.rglob("*") if child.suffix.lower() in Image.registered_extensions())
+            inside = sorted(child for child in path.rglob("*") if child.suffix.lower() in SUFFIXES)
             if not inside:
                 raise UserError(f"{file} holds no image.")
             paths += inside
