@@ -1,6 +1,7 @@
 """What went wrong, said once and for people."""
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 
 
@@ -13,6 +14,20 @@ class UserError(ValueError):
 
 class Interrupted(Exception):
     """A training was asked to stop and has saved a checkpoint; the message says where, and how to go on."""
+
+
+class _Short(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother = 3, 100, 100
+
+    def repr_int(self, x: int, level: int) -> str:
+        # Python refuses to write thousands of digits
+        return f"<a number of {x.bit_length():,} bits>" if x.bit_length() > 128 else str(x)
+
+
+shown = _Short().repr
+"""`repr` of bounded length, for what comes from a file: one that refers to itself may mean more than memory holds."""
 
 
 def nearest(name: str, options: Iterable[str], count: int = 3) -> str:

@@ -94,7 +94,7 @@ def test_config_and_weights_that_do_not_match_are_listed(saved: tuple[Path, torc
     (run / "config.json").write_text(json.dumps({**config, "model_args": {**ARGUMENTS, "num_blocks": 1}}))
     with pytest.raises(UserError, match=r"10 unexpected: blocks\.1\."):
         allmlp.load(run)
-    (run / "config.json").write_text(json.dumps({**config, "num_classes": 4}))
+    (run / "config.json").write_text(json.dumps({**config, "num_classes": 4, "label_names": [*CLASSES, "fox"]}))
     with pytest.raises(UserError, match=r"2 of another shape: head\.weight \[3, 16\] instead of \[4, 16\]"):
         allmlp.load(run)
 

@@ -41,7 +41,7 @@ class VisionArchitecture:
     def build(self) -> nn.Module:
         """The model with fresh weights."""
         return run_directory.create_model(
-            self.name, num_classes=self.num_classes, pretrained_cfg_overlay=dict(self.preparation), **self.model_args
+            self.name, self.model_args, num_classes=self.num_classes, pretrained_cfg_overlay=dict(self.preparation)
         )
 
 

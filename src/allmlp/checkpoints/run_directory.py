@@ -6,20 +6,23 @@ tokenizer.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from allmlp.errors import UserError, nearest
+from allmlp.checkpoints import description
+from allmlp.errors import UserError, nearest, shown
 
 CONFIG, WEIGHTS, RECIPE, METRICS, REPORT = "config.json", "model.safetensors", "recipe.yaml", "metrics.json", "report"
 CHECKPOINT = "checkpoint-"
@@ -144,13 +147,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
         checkpoint = last_checkpoint(directory)
         hint = f" Its training did not finish; the last checkpoint is {checkpoint}." if checkpoint else ""
         raise UserError(f"{directory} is no run directory: it has no {CONFIG}.{hint}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise UserError(f"{path} does not say what kind of model it describes (model_type).")
-    return config
+    return description.read_json(path)
 
 
 def task(source: str | Path) -> str:
@@ -184,27 +181,41 @@ def load(source: str | Path) -> TimmModel:
     if config["model_type"] == LANGUAGE:
         return load_language(source, config)
     if config["model_type"] != VISION:
-        raise UserError(f"{source} holds a model of type '{config['model_type']}', which allmlp does not know.")
+        kind = shown(config["model_type"])
+        raise UserError(f"{source} holds a model of type {kind}, which allmlp does not know.")
     return load_classifier(source, config)
 
 
 def load_language(directory: str | Path, config: Mapping[str, Any]) -> Any:
-    """The language model that a configuration describes, with the weights beside it, in eval mode."""
+    """The language model that a configuration describes, with the weights beside it, in eval mode.
+
+    Of the configuration GMLPConfig's own fields are taken and no others, which could name code and further files.
+    """
     from transformers.utils import logging as transformers_logging
 
     from allmlp import language
 
+    description.check_language(config, Path(directory) / CONFIG)
     names = [name for name in config.get("architectures") or [] if name in language.__all__]
-    kind = getattr(language, names[0]) if names else language.GMLPModel
-    shown = transformers_logging.is_progress_bar_enabled()
+    kind: Any = getattr(language, names[0]) if names else language.GMLPModel
+    weights = Path(directory) / WEIGHTS
+    shapes = _shapes(weights)
+    own = {field.name for field in dataclasses.fields(language.GMLPConfig)}
+    progress = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        loaded: Any = kind.from_pretrained(directory, output_loading_info=True, local_files_only=True)
+        known = language.GMLPConfig.from_dict({name: value for name, value in config.items() if name in own})
+        with torch.device("meta"), description.at_most(_allowed(shapes)):
+            blank = kind(known)
+        check_shapes(blank, shapes, str(directory), shared=getattr(blank, "all_tied_weights_keys", ()))
+        loaded: Any = kind.from_pretrained(
+            directory, config=known, use_safetensors=True, output_loading_info=True, local_files_only=True
+        )
     # transformers, safetensors and the configuration each have errors of their own
     except Exception as error:
         raise UserError(f"The language model in {directory} cannot be loaded: {str(error).strip()}") from error
     finally:
-        if shown:
+        if progress:
             transformers_logging.enable_progress_bar()
     model, report = loaded
     found = [f"{len(keys)} {what}: {_listed(sorted(map(str, keys)))}" for what, keys in report.items() if keys]
@@ -217,31 +228,48 @@ def load_classifier(directory: str | Path, config: Mapping[str, Any]) -> TimmMod
     """The timm model that a configuration describes, with the weights beside it, in eval mode."""
     import allmlp.vision  # noqa: F401 registers the architectures with timm
 
-    cfg = {**config["pretrained_cfg"], "num_classes": config["num_classes"]}
-    model = create_model(
-        config["architecture"], pretrained_cfg=cfg, num_classes=config["num_classes"], **config.get("model_args") or {}
-    )
-    model.pretrained_cfg = {**cfg, "label_names": config.get("label_names")}
+    description.check_classifier(config, Path(directory) / CONFIG)
     weights = Path(directory) / WEIGHTS
+    cfg = {**config["pretrained_cfg"], "num_classes": config["num_classes"]}
+
+    def build() -> TimmModel:
+        arguments = config.get("model_args") or {}
+        return create_model(config["architecture"], arguments, num_classes=config["num_classes"], pretrained_cfg=cfg)
+
     try:
-        state = load_file(weights)
-    # safetensors has one exception of its own for every broken file
-    except Exception as error:
-        raise UserError(f"{weights} cannot be read: {error}") from error
-    load_weights(model, {name.removeprefix(_PREFIX): tensor for name, tensor in state.items()}, str(directory))
+        require_architecture(config["architecture"])
+        shapes = _shapes(weights)
+        # what does not fit is found out before it takes memory
+        with torch.device("meta"), description.at_most(_allowed(shapes)):
+            blank = build()
+    except UserError as error:
+        raise UserError(f"The image classifier in {directory} cannot be loaded: {error}") from error
+    check_shapes(blank, shapes, str(directory))
+    model = build()
+    model.pretrained_cfg = {**cfg, "label_names": config.get("label_names")}
+    load_weights(
+        model, {name.removeprefix(_PREFIX): tensor for name, tensor in load_file(weights).items()}, str(directory)
+    )
     return model.eval()
 
 
-def create_model(architecture: str, **arguments: Any) -> TimmModel:
+def create_model(architecture: str, model_args: Mapping[str, Any], **settings: Any) -> TimmModel:
     """`timm.create_model` with a clear message.
+
+    Args:
+        architecture: The model's name.
+        model_args: Arguments of the architecture; they may come from strangers.
+        settings: Further arguments of `timm.create_model`.
 
     Raises:
         UserError: timm knows no such model (the nearest names are offered), or the model no such argument.
     """
     require_architecture(architecture)
+    description.check_model_args(model_args)
     try:
-        return timm.create_model(architecture, **arguments)
-    except (TypeError, ValueError, AssertionError) as error:
+        return timm.create_model(architecture, **settings, **model_args)
+    # the arguments drive the constructors of any architecture
+    except Exception as error:
         raise UserError(f"{architecture} cannot be made with these arguments: {error}") from error
 
 
@@ -261,20 +289,31 @@ def load_weights(model: TimmModel, state: Mapping[str, Tensor], where: str) -> N
     Raises:
         UserError: Model and weights do not match; the message lists what is missing, unexpected or of another shape.
     """
-    wanted = model.state_dict()
+    check_shapes(model, {name: list(tensor.shape) for name, tensor in state.items()}, where)
+    model.load_state_dict(state)
+
+
+def check_shapes(
+    model: nn.Module, shapes: Mapping[str, Sequence[int]], where: str, shared: Container[str] = ()
+) -> None:
+    """Does nothing where weights of these shapes can be loaded; `shared` ones may be missing, others stand for them.
+
+    Raises:
+        UserError: As `load_weights`.
+    """
+    wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     problems = {
-        "missing": [name for name in wanted if name not in state],
-        "unexpected": [name for name in state if name not in wanted],
+        "missing": [name for name in wanted if name not in shapes and name not in shared],
+        "unexpected": [name for name in shapes if name not in wanted],
         "of another shape": [
-            f"{name} {list(state[name].shape)} instead of {list(wanted[name].shape)}"
-            for name in wanted
-            if name in state and state[name].shape != wanted[name].shape
+            f"{name} {list(shapes[name])} instead of {shape}"
+            for name, shape in wanted.items()
+            if name in shapes and list(shapes[name]) != shape
         ],
     }
     found = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in problems.items() if names]
     if found:
         raise UserError(f"The weights of {where} do not match the model.\n  " + "\n  ".join(found))
-    model.load_state_dict(state)
 
 
 def last_checkpoint(directory: str | Path, needed: Sequence[str] = ("trainer_state.json",)) -> Path | None:
@@ -294,6 +333,21 @@ def clear(directory: str | Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     for name in (CONFIG, WEIGHTS, RECIPE, METRICS):
         (directory / name).unlink(missing_ok=True)
+
+
+def _shapes(weights: Path) -> dict[str, list[int]]:
+    """The weights' names, timm's own, and shapes, without their numbers."""
+    try:
+        with safe_open(weights, "pt") as file:
+            return {name.removeprefix(_PREFIX): file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    # safetensors has one exception of its own for every broken file
+    except Exception as error:
+        raise UserError(f"{weights} cannot be read: {error}") from error
+
+
+def _allowed(shapes: Mapping[str, Any]) -> int:
+    # modules may make some weights more than once
+    return 4 * len(shapes) + 1000
 
 
 def _listed(names: Sequence[str], count: int = 8) -> str:

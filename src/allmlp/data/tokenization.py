@@ -109,7 +109,8 @@ def load_tokenizer(name: str | Path) -> Any:
     try:
         if Path(name).is_file():
             return PreTrainedTokenizerFast(tokenizer_file=str(name))
-        return AutoTokenizer.from_pretrained(name)
+        # without the word transformers would ask whether to run the code that a directory names
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     # a broken file raises tokenizers' bare Exception
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

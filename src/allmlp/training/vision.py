@@ -21,7 +21,7 @@ from allmlp.checkpoints.pretrained import Pretrained, find_pretrained
 from allmlp.checkpoints.run_directory import TimmModel
 from allmlp.data.image_batches import ImageBatches, as_is, training_transform
 from allmlp.data.images import ImageData, load_images
-from allmlp.errors import UserError
+from allmlp.errors import UserError, shown
 from allmlp.training import report
 from allmlp.training.callbacks import TensorBoard
 from allmlp.training.engine import Engine, chosen_precision, cores, prepare_output, surroundings
@@ -158,7 +158,10 @@ def planned_model(recipe: VisionRecipe, start: Pretrained | None = None) -> tupl
         arguments["img_size"] = recipe.img_size
     if found and architecture == found.name:
         arguments = {**found.model_args, **arguments}
-    return architecture, arguments, int(arguments.get("in_chans", 3))
+    channels = arguments.get("in_chans", 3)
+    if type(channels) is not int:
+        raise UserError(f"in_chans is {shown(channels)}; it must be a whole number.")
+    return architecture, arguments, channels
 
 
 def build_model(
@@ -174,12 +177,12 @@ def build_model(
         UserError: The model cannot be made so, or does not match the weights to start from.
     """
     training_only = {"drop_rate": recipe.drop, "drop_path_rate": recipe.drop_path}
-    model = run_directory.create_model(architecture, num_classes=len(classes), **model_args, **training_only)
+    model = run_directory.create_model(architecture, model_args, num_classes=len(classes), **training_only)
     cfg: dict[str, Any] = {**model.pretrained_cfg, "num_classes": len(classes), "label_names": list(classes)}
     if start:
         # images go on being prepared as the weights know them
         cfg |= {name: value for name, value in start.model.pretrained_cfg.items() if name in PREPARATION}
-    channels = int(model_args.get("in_chans", 3))
+    channels = model_args.get("in_chans", 3)
     size = model_args.get("img_size", cfg["input_size"][-2:])
     cfg["input_size"] = (channels, *(size if isinstance(size, (tuple, list)) else (size, size)))
     if len(cfg["mean"]) != channels:
