@@ -139,6 +139,16 @@ class TestNothingIsRun:
         with pytest.raises(UserError, match="no number"):
             read_checkpoint(path)
 
+    def test_a_size_in_place_of_data_takes_no_memory(self, path: Path) -> None:
+        """torch allows bytearray, which makes one of any size, and tensors of a size, which have no data."""
+        gibibyte = struct.pack("<i", 2**30)
+        path.write_bytes(zipped(b"\x80\x02c__builtin__\nbytearray\nJ" + gibibyte + b"\x85R."))
+        with pytest.raises(UserError, match=r"checkpoint\.pth is refused: it holds a bytearray"):
+            read_checkpoint(path)
+        path.write_bytes(zipped(b"\x80\x02}X\x01\x00\x00\x00actorch\nTensor\nJ" + gibibyte + b"\x85Rs."))
+        with pytest.raises(UserError, match=r"it has [\d,]+ bytes and claims to hold 4,294,967,296"):
+            read_checkpoint(path)
+
     def test_a_program_of_torchscript_is_refused(self, path: Path) -> None:
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("archive/data.pkl", b"")
@@ -237,6 +247,12 @@ class TestBrokenFiles:
     def test_arrays_of_text(self, path: Path) -> None:
         npz({"a": np.array(["text"])}, path)
         with pytest.raises(UserError, match="a holds <U4, not numbers"):
+            read_checkpoint(path)
+
+    def test_a_compressed_one(self, path: Path) -> None:
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("archive/data.pkl", bytes(range(256)))
+        with pytest.raises(UserError, match="compressed, as PyTorch's checkpoints never are"):
             read_checkpoint(path)
 
     @pytest.mark.parametrize(("name", "mebibytes"), [("archive/data.pkl", 2), ("a.npy", 300)])

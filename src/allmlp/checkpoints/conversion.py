@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from allmlp.checkpoints import (
@@ -25,7 +26,7 @@ from allmlp.checkpoints.architecture import Architecture, LanguageArchitecture
 from allmlp.checkpoints.layout import Layout, Tensors, widest
 from allmlp.checkpoints.reading import read_checkpoint
 from allmlp.checkpoints.unwrapping import check_weights, strip_prefix, unwrap
-from allmlp.errors import UserError, nearest
+from allmlp.errors import UserError, nearest, shown
 
 LAYOUTS: tuple[Layout, ...] = (
     *timm.LAYOUTS,
@@ -147,8 +148,14 @@ def convert_state_dict(
     layout, tensors = _identify(tensors, source)
     known, notes = _known_facts(layout, facts or {}, beside or {})
     architecture, renamed = layout.convert(tensors, known)
+    where = f"this checkpoint ({layout.source}, {layout.family})"
+    # what does not fit is found out before it takes memory
+    with torch.device("meta"):
+        blank = architecture.build()
+    weights = _fit(renamed, blank)
+    run_directory.check_shapes(blank, {name: list(tensor.shape) for name, tensor in weights.items()}, where)
     model = architecture.build().to(widest(renamed))
-    run_directory.load_weights(model, _fit(renamed, model), f"this checkpoint ({layout.source}, {layout.family})")
+    run_directory.load_weights(model, weights, where)
     return Conversion(model=model.eval(), architecture=architecture, layout=layout, notes=(*notes, *architecture.notes))
 
 
@@ -253,7 +260,7 @@ def _known_facts(
         try:
             known[name] = named[name].parse(value)
         except ValueError as error:
-            raise UserError(f"{name} is {value!r}; it should be {error}") from error
+            raise UserError(f"{name} is {shown(value)}; it should be {error}") from error
     missing = [fact for fact in layout.facts if fact.required and fact.name not in known]
     if missing:
         names = [fact.name for fact in missing]

@@ -14,6 +14,8 @@ from allmlp.errors import UserError
 
 Tensors = dict[str, Tensor]
 Facts = Mapping[str, Any]
+# The largest size or number that can be given beside the weights, or lie beside them.
+_LARGEST = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +83,10 @@ def count(tensors: Mapping[str, Tensor], prefix: str) -> int:
         UserError: Some number is left out.
     """
     pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
-    found = {int(match[1]) for name in tensors if (match := pattern.match(name))}
-    if found != set(range(len(found))):
-        missing = min(set(range(max(found))) - found)
-        raise UserError(f"The weights of '{prefix}{missing}' are missing.")
+    found = {match[1] for name in tensors if (match := pattern.match(name))}
+    for number in range(len(found)):
+        if str(number) not in found:
+            raise UserError(f"The weights of '{prefix}{number}' are missing.")
     return len(found)
 
 
@@ -174,24 +176,24 @@ def parse_flag(value: Any) -> bool:
 def parse_size(value: Any) -> tuple[int, int]:
     """A size in pixels: one number, or height and width, which may be written 192x256."""
     if isinstance(value, str):
-        value = [int(part) if part.isdecimal() else 0 for part in value.split("x")]
+        value = [int(part) if part.isdecimal() and len(part) < 9 else 0 for part in value.split("x")]
     numbers = value if isinstance(value, (list, tuple)) else [value]
-    if len(numbers) not in (1, 2) or any(type(number) is not int or number < 1 for number in numbers):
-        raise ValueError("one positive number of pixels, or [height, width]")
+    if len(numbers) not in (1, 2) or any(type(number) is not int or not 1 <= number <= _LARGEST for number in numbers):
+        raise ValueError(f"one number of pixels from 1 to {_LARGEST}, or [height, width]")
     return numbers[0], numbers[-1]
 
 
 def parse_count(value: Any) -> int:
     """A number of something, at least 0."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError("a whole number, at least 0")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _LARGEST:
+        raise ValueError(f"a whole number from 0 to {_LARGEST}")
     return value
 
 
 def parse_channels(value: Any) -> int:
     """A number of channels, at least 1."""
     if parse_count(value) < 1:
-        raise ValueError("a whole number, at least 1")
+        raise ValueError(f"a whole number from 1 to {_LARGEST}")
     return value
 
 

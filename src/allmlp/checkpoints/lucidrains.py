@@ -5,6 +5,8 @@ The versions name a block's modules in five ways. What they compute differs in t
 expanded hidden state, as no model here does, and is refused.
 """
 
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,6 +32,9 @@ from allmlp.checkpoints.layout import (
 )
 from allmlp.errors import UserError, nearest
 from allmlp.vision import GMLP, gmlp
+
+# All Toeplitz weights of a model multiplied out may have so many numbers, 2 GiB of them.
+_MULTIPLIED_OUT = 2**28
 
 
 def _names(norm: str, proj_in: str, unit: str, proj_out: str, projection: str = "") -> dict[str, str]:
@@ -95,7 +100,7 @@ def _blocks(tensors: Tensors) -> tuple[_Blocks, Tensors]:
     notes = []
     if len(tensors) < len(given):
         notes.append("Every block's 'sgu.proj' is left out: g-mlp-pytorch 0.1.0 and 0.1.1 save it, but do not use it.")
-    toeplitz = [_multiply_out(tensors, f"{path}.{ours['sgu']}") for path in paths]
+    toeplitz = [_multiply_out(tensors, f"{path}.{ours['sgu']}", len(paths)) for path in paths]
     if any(toeplitz):
         notes.append(
             "The Toeplitz weights are multiplied out with their position factors, in float64 to lose nothing: the "
@@ -113,17 +118,20 @@ def _blocks(tensors: Tensors) -> tuple[_Blocks, Tensors]:
     ), tensors
 
 
+_NUMBER = re.compile(r"[0-9]{1,6}")
+
+
 def _paths(tensors: Mapping[str, Tensor]) -> list[str]:
     """The blocks' paths: `layers.0.fn` and on; before 0.0.5 `1.fn` and on (language) or `2.fn` and on (images)."""
     found = {name.split(".fn.")[0] for name in tensors if ".fn." in name}
     prefix = "layers." if all(path.startswith("layers.") for path in found) else ""
-    numbers = sorted(int(path.removeprefix(prefix)) for path in found if path.removeprefix(prefix).isdigit())
+    numbers = sorted(int(number) for path in found if _NUMBER.fullmatch(number := path.removeprefix(prefix)))
     if len(numbers) != len(found) or numbers != list(range(numbers[0], numbers[0] + len(numbers))):
         raise UserError(f"The blocks are not numbered one by one: {', '.join(sorted(found)[:8])}.")
     return [f"{prefix}{number}.fn" for number in numbers]
 
 
-def _multiply_out(tensors: Tensors, unit: str) -> bool:
+def _multiply_out(tensors: Tensors, unit: str, blocks: int) -> bool:
     """Puts a dense weight in place of the factors of a unit of `circulant_matrix=True`; returns whether it is one.
 
     It has as many weights as biases. `W[i, j] = w[n − 1 − i + j] · pos_x[i] · pos_y[j]` for `j ≤ i`, else 0: lower
@@ -139,6 +147,11 @@ def _multiply_out(tensors: Tensors, unit: str) -> bool:
         if shape(tensors, f"{unit}.{name}", len(bias)) != bias:
             found = list(tensors[f"{unit}.{name}"].shape)
             raise UserError(f"The weight '{unit}.{name}' has shape {found}, its bias {list(bias)}.")
+    if blocks * math.prod(bias) * bias[-1] > _MULTIPLIED_OUT:
+        raise UserError(
+            f"The Toeplitz weights of '{unit}' have {bias[-1]:,} positions; multiplied out, {blocks} blocks have "
+            f"more than {_MULTIPLIED_OUT:,} numbers."
+        )
     factors = {name: tensors.pop(f"{unit}.{name}").double() for name in names}
     positions = torch.arange(bias[-1])
     lag = bias[-1] - 1 - positions.unsqueeze(1) + positions

@@ -5,6 +5,7 @@ archives and the older pickles), safetensors, and NumPy's `.npz`.
 """
 
 import argparse
+import mmap
 import re
 import zipfile
 from collections import OrderedDict
@@ -76,6 +77,8 @@ def _read_zip(path: Path) -> Any:
         # torch.save never compresses
         if claimed > size:
             raise UserError(f"{path} is refused: it has {size:,} bytes and claims to hold {claimed:,}.")
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise UserError(f"{path} is refused: it is compressed, as PyTorch's checkpoints never are.")
         return _read_torch(path)
     if names and all(name.endswith(".npy") for name in names):
         # np.savez_compressed does, but weights barely shrink
@@ -114,9 +117,13 @@ def _read_npz(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _read_torch(path: Path) -> Any:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        # torch would build one of whatever size the file asks for
+        if content.find(b"\nbytearray\n") >= 0:
+            raise UserError(f"{path} is refused: it holds a bytearray, which may claim any size.")
     try:
         with torch.serialization.safe_globals([(stand_in, name) for name, stand_in in _PLAIN_CONTAINERS.items()]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            contents = torch.load(path, map_location="cpu", weights_only=True)
     # The bytes drive the unpickler, so a broken file can raise anything.
     except Exception as error:
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -126,6 +133,32 @@ def _read_torch(path: Path) -> Any:
                 "plain container that trainers save. Save the state_dict() alone."
             ) from error
         raise _corrupt(path, error) from error
+    claimed, size = _storage_bytes(contents), path.stat().st_size
+    if claimed > size:
+        raise UserError(f"{path} is refused: it has {size:,} bytes and claims to hold {claimed:,}.")
+    return contents
+
+
+def _storage_bytes(contents: Any) -> int:
+    """Bytes of all tensors in containers of any depth, each memory once."""
+    storages: dict[int, int] = {}
+    seen: set[int] = set()
+    left = [contents]
+    while left:
+        value = left.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta:
+            storage = value.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, dict):
+            left += value.values()
+        elif isinstance(value, (list, tuple)):
+            left += value
+        elif isinstance(value, argparse.Namespace):
+            left += vars(value).values()
+    return sum(storages.values())
 
 
 def _corrupt(path: Path, error: BaseException) -> UserError:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from allmlp.errors import UserError
+from allmlp.errors import UserError, shown
 
 # Where trainers put weights, best first: an average of the weights is what the trainer evaluated.
 _AVERAGED = ("state_dict_ema", "model_ema", "ema")
@@ -54,9 +54,9 @@ def unwrap(contents: Mapping[str, Any]) -> Unwrapped:
     if tensors.pop("n_averaged", None) is not None:
         beside["n_averaged"] = None
     if not tensors:
-        raise UserError(f"It holds no weights, only {', '.join(map(repr, contents)) or 'nothing'}.")
+        raise UserError(f"It holds no weights, only {_named(contents)}.")
     if beside:
-        notes.append(f"Left aside, since it is no weights: {', '.join(map(repr, beside))}.")
+        notes.append(f"Left aside, since it is no weights: {_named(beside)}.")
     return Unwrapped(tensors=tensors, beside=beside, notes=notes)
 
 
@@ -84,6 +84,11 @@ def check_weights(tensors: Mapping[str, Tensor]) -> None:
             raise UserError(f"The weight '{name}' has shape {list(tensor.shape)}, which is none of a weight.")
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise UserError(f"The weight '{name}' claims shape {list(tensor.shape)}, the file holds less.")
+
+
+def _named(contents: Mapping[str, Any], most: int = 12) -> str:
+    names = [shown(name) for name, _ in zip(contents, range(most), strict=False)]
+    return ", ".join(names) + (f" and {len(contents) - most} more" if len(contents) > most else "") or "nothing"
 
 
 def _holds_tensors(value: Any, depth: int = 3) -> bool:
