@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import io
 import json
 import logging
 import os
@@ -12,12 +13,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from allmlp._version import __version__
 from allmlp.distributed import is_first_process
 from allmlp.errors import Interrupted, UserError
-from allmlp.training.recipe import RECIPES, Recipe, make_recipe, read_settings, task_of
+from allmlp.training.recipe import RECIPES, Recipe, make_recipe, parse_yaml, read_settings, task_of
 
 DONE, FAILED = 0, 1  # argparse exits with 2 for misuse
 TRAIN_EXTRA = ("accelerate", "datasets", "matplotlib", "sklearn", "tensorboard")
@@ -32,6 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 done, 1 failed. Misuse leaves through `SystemExit(2)`.
     """
+    # a file's name may be no text
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     options = _parser().parse_args(arguments)
     _quieten()
     try:
@@ -209,7 +212,7 @@ def _add_evaluate(commands: Any) -> None:
         "data", nargs="?", metavar="DATA", help="as for train; of the run's own data (the default) the held-out part"
     )
     parser.add_argument(
-        "--batch-size", type=int, default=256, metavar="N", help="images or windows of text at a time (default: 256)"
+        "--batch-size", type=_count, default=256, metavar="N", help="images or windows of text at a time (default: 256)"
     )
     parser.add_argument("--strict", action="store_true", help="fail at an image that cannot be read")
     parser.add_argument(
@@ -320,7 +323,7 @@ def _convert(options: argparse.Namespace) -> None:
     from allmlp.data.tokenization import fitting_tokenizer
 
     facts = dict(fact for given in options.facts for fact in given)
-    names = Path(options.classes).read_text(encoding="utf-8").splitlines() if options.classes else None
+    names = _lines(options.classes) if options.classes else None
     if options.checkpoint.startswith(pretrained.TIMM):
         found = pretrained.from_timm(options.checkpoint.removeprefix(pretrained.TIMM))
     else:
@@ -333,13 +336,20 @@ def _convert(options: argparse.Namespace) -> None:
     _answer(options, answer, lambda: conversion.summary_text(answer))
 
 
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8: {error}") from error
+
+
 def _fact(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise argparse.ArgumentTypeError(f"'{text}' is not of the form KEY=VALUE")
     try:
-        return name, yaml.safe_load(value)
-    except yaml.YAMLError as error:
+        return name, parse_yaml(value)
+    except ValueError as error:
         raise argparse.ArgumentTypeError(f"'{text}' has no value that can be read") from error
 
 

@@ -175,7 +175,7 @@ def generate(
     """
     if run_directory.task(run) != "text-generation":
         raise UserError(f"{run} holds a model for {run_directory.task(run)}; it does not write text.")
-    if temperature < 0 or max_new_tokens < 1 or beams < 1 or top_k < 0 or not 0 < top_p <= 1:
+    if not 0 <= temperature < float("inf") or max_new_tokens < 1 or beams < 1 or top_k < 0 or not 0 < top_p <= 1:
         raise UserError(
             "temperature and top_k must be at least 0, max_new_tokens and beams at least 1, and top_p above 0 and at "
             f"most 1; got {temperature}, {top_k}, {max_new_tokens}, {beams} and {top_p}."

@@ -5,6 +5,7 @@ same names, and the run directory's `recipe.yaml` holds them all, so that it rep
 """
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -13,9 +14,12 @@ from typing import Any, ClassVar, TypeVar
 
 import yaml
 
-from allmlp.errors import UserError, nearest
+from allmlp.errors import UserError, nearest, shown
 
 RecipeT = TypeVar("RecipeT", bound="Recipe")
+
+RECIPE_BYTES = 2**20
+"""A larger recipe file is refused."""
 
 
 def option(default: Any, help: str, *, flag: str | None = None, choices: tuple[str, ...] | None = None) -> Any:
@@ -81,14 +85,15 @@ class Recipe:
         self._require("positive", lambda v: v > 0, "epochs", "lr")
         self._require("at least 1", lambda v: v >= 1, "batch_size", "accumulate", "log_every", "keep", "max_steps")
         self._require("at least 0", lambda v: v >= 0, "min_lr", "warmup", "weight_decay", "clip", "eval_every")
-        self._require("at least 0", lambda v: v >= 0, "workers", "seed", "adam_eps")
+        self._require("at least 0", lambda v: v >= 0, "workers", "adam_eps")
+        self._require("from 0 to 4294967295", lambda v: 0 <= v < 2**32, "seed")
         self._require("at least 0 and below 1", lambda v: 0 <= v < 1, "ema", "beta1", "beta2")
 
     def _require(self, rule: str, holds: Callable[[Any], bool], *names: str) -> None:
         for name in names:
             value = getattr(self, name)
             if value is not None and not holds(value):
-                raise UserError(f"{name} is {value}; it must be {rule}.")
+                raise UserError(f"{name} is {shown(value)}; it must be {rule}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -201,17 +206,18 @@ def task_of(settings: Mapping[str, Any]) -> str:
         UserError: There is no such task.
     """
     task = settings.get("task") or _task_of_model(settings.get("model"), settings.get("start_from"))
-    if task not in RECIPES:
-        raise UserError(f"There is no task '{task}'; there are {', '.join(RECIPES)}.{nearest(str(task), RECIPES)}")
+    if not isinstance(task, str) or task not in RECIPES:
+        name = shown(task)
+        raise UserError(f"There is no task {name}; there are {', '.join(RECIPES)}.{nearest(name, RECIPES)}")
     return task
 
 
-def _task_of_model(model: str | None, start_from: str | None) -> str:
+def _task_of_model(model: Any, start_from: Any) -> str:
     if model is not None:
         from allmlp.language.configuration import VARIANTS
 
-        return CausalRecipe.task if model in VARIANTS else VisionRecipe.task
-    if start_from is not None and Path(start_from).is_dir():
+        return CausalRecipe.task if isinstance(model, str) and model in VARIANTS else VisionRecipe.task
+    if isinstance(start_from, str) and Path(start_from).is_dir():
         from allmlp.checkpoints import run_directory
 
         return run_directory.task(start_from)
@@ -222,18 +228,36 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     """The settings in a recipe file, not yet checked; `task` is among them in a run directory's `recipe.yaml`.
 
     Raises:
-        UserError: There is no such file, or it is not a YAML mapping.
+        UserError: There is no such file, or it is not a YAML mapping of at most `RECIPE_BYTES`.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"There is no recipe at {path}.")
+    if path.stat().st_size > RECIPE_BYTES:
+        raise UserError(f"{path} is no recipe: it has more than {RECIPE_BYTES:,} bytes.")
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+        settings = parse_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise UserError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(settings, dict):
         raise UserError(f"{path} must map hyper-parameters to values, but holds {type(settings).__name__}.")
     return settings
+
+
+def parse_yaml(text: str) -> Any:
+    """Plain data written in YAML, every value in its place: values that refer to others may mean any amount of them.
+
+    Raises:
+        ValueError: It is no YAML, or holds an alias; the message says where.
+    """
+    try:
+        for event in yaml.parse(text, yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError(f"'*{event.anchor}' in line {event.start_mark.line + 1} refers to another value")
+        return yaml.safe_load(text)
+    # yaml's own constructors of numbers and dates raise whatever they run into
+    except Exception as error:
+        raise ValueError(str(error) or type(error).__name__) from error
 
 
 def make_recipe(settings: Mapping[str, Any], kind: type[RecipeT], where: str = "the recipe") -> RecipeT:
@@ -250,7 +274,8 @@ def make_recipe(settings: Mapping[str, Any], kind: type[RecipeT], where: str = "
     names = {field.name for field in dataclasses.fields(kind)}
     for name in settings:
         if name not in names:
-            raise UserError(f"{where} sets '{name}', which {kind.task} does not know.{nearest(str(name), names)}")
+            given = shown(name)
+            raise UserError(f"{where} sets {given}, which {kind.task} does not know.{nearest(given, names)}")
     return kind(**settings)
 
 
@@ -267,25 +292,29 @@ def _coerce(field: dataclasses.Field[Any], value: Any, hint: Any) -> Any:
     if value is None and type(None) in options:
         return None
     if field.metadata["choices"] and value not in field.metadata["choices"]:
-        raise UserError(f"{field.name} is {value!r}; it must be one of {', '.join(field.metadata['choices'])}.")
+        raise UserError(f"{field.name} is {shown(value)}; it must be one of {', '.join(field.metadata['choices'])}.")
     for wanted in options:
         try:
             return _CONVERSIONS[typing.get_origin(wanted) or wanted](value)
-        except (ValueError, TypeError, KeyError, yaml.YAMLError):
+        except (ValueError, TypeError, KeyError, OverflowError):
             continue
     wanted = " or ".join(_NAMES.get(typing.get_origin(option) or option, "nothing") for option in options)
-    raise UserError(f"{field.name} is {value!r}; it must be {wanted}.")
+    raise UserError(f"{field.name} is {shown(value)}; it must be {wanted}.")
 
 
 def _to_int(value: Any) -> int:
     if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
         raise ValueError
-    return int(value)
+    number = int(value)
+    # nothing counts further
+    if abs(number) >= 2**63:
+        raise ValueError
+    return number
 
 
 def _to_float(value: Any) -> float:
     # YAML 1.1 reads 1e-3 as text
-    if isinstance(value, bool):
+    if isinstance(value, bool) or not math.isfinite(float(value)):
         raise ValueError
     return float(value)
 
@@ -303,12 +332,14 @@ def _to_str(value: Any) -> str:
 
 
 def _to_pair(value: Any) -> tuple[int, int]:
+    if not isinstance(value, (str, list, tuple)):
+        raise ValueError
     first, second = value.lower().split("x") if isinstance(value, str) else value
     return _to_int(first), _to_int(second)
 
 
 def _to_mapping(value: Any) -> dict[str, Any]:
-    parsed = yaml.safe_load(value) if isinstance(value, str) else value
+    parsed = parse_yaml(value) if isinstance(value, str) else value
     if not isinstance(parsed, Mapping):
         raise ValueError
     return dict(parsed)
