@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from allmlp.data import image_sources
-from allmlp.data.labelled_images import decode
+from allmlp.data.labelled_images import UnreadableImage, decode
 from allmlp.errors import UserError
 from tests.pictures import COLOURS, picture, write_classes
 
@@ -50,7 +50,7 @@ def test_parquet_takes_classes_from_its_features(tmp_path: Path) -> None:
     assert classes == tuple(NAMES)
     assert list(splits) == ["train"]
     assert splits["train"].labels.tolist() == [0, 0, 1, 1, 2, 2]
-    assert splits["train"].names[3] == "train row 3"
+    assert splits["train"].names[3].endswith(" train row 3")
     assert decode(splits["train"].sources[3]).tobytes() == picture("green", 1).tobytes()
 
 
@@ -99,6 +99,34 @@ def test_tables_without_images_or_classes_are_refused(
     _write(tmp_path / "table.parquet", rows)
     with pytest.raises(UserError, match=message):
         image_sources.find(str(tmp_path / "table.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        ("label", [[1], [2], [1]], "Column 'label' of .*table.parquet holds no classes, but values of type list"),
+        ("label", [{"a": 1}] * 3, "Column 'label' of .*table.parquet holds no classes, but values of type dict"),
+        ("image", [1, 2, 3], "Column 'image' of .*table.parquet holds no images"),
+        ("image", [["a"]] * 3, "Column 'image' of .*table.parquet holds no images"),
+        ("image", [{"bytes": 5, "path": 7}] * 3, "Column 'image' of .*table.parquet holds no images"),
+    ],
+)
+def test_columns_of_another_kind_are_named(tmp_path: Path, column: str, values: list[object], message: str) -> None:
+    _write(tmp_path / "table.parquet", {**_rows(1), column: values})
+    with pytest.raises(UserError, match=message):
+        image_sources.find(str(tmp_path / "table.parquet"))
+
+
+def test_what_a_row_names_is_read_where_it_is_a_file(tmp_path: Path) -> None:
+    picture("red").save(tmp_path / "red.png")
+    paths = [str(tmp_path / "red.png"), "/dev/zero", "/dev/null"]
+    rows = {"image": [{"bytes": None, "path": path} for path in paths], "label": ["a", "a", "a"]}
+    _write(tmp_path / "table.parquet", rows)
+    sources = image_sources.find(str(tmp_path / "table.parquet"))[1]["train"].sources
+    assert decode(sources[0]).size == (16, 12)
+    for source in (sources[1], sources[2]):
+        with pytest.raises(UnreadableImage, match="not a file"):
+            decode(source)
 
 
 def test_rows_without_a_class_are_refused(tmp_path: Path) -> None:

@@ -59,6 +59,12 @@ def test_bad_tables_are_refused(tmp_path, columns, message) -> None:
         read_labelled_texts(write_table(tmp_path / "rows.parquet", columns))
 
 
+def test_lists_are_no_classes(tmp_path) -> None:
+    path = write_table(tmp_path / "rows.parquet", {"text": ["a", "b"], "label": [[1], [2]]})
+    with pytest.raises(UserError, match=r"Column 'label' of .*rows.parquet holds no classes, but values of type list"):
+        read_labelled_texts(path)
+
+
 def test_unknown_classes_and_too_few_texts_are_refused(tmp_path) -> None:
     write_table(tmp_path / "train.parquet", {"text": ["a", "b"], "label": ["x", "y"]})
     write_table(tmp_path / "test.parquet", {"text": ["a"], "label": ["z"]})

@@ -132,6 +132,9 @@ def _from_tables(tables: Any, data: str, image_column: str | None, label_column:
     features = tables[chosen["train"]].features
     image_column = _image_column(features, data, image_column)
     label_column = _label_column(features, data, label_column)
+    if not isinstance(features[label_column], (datasets.ClassLabel, datasets.Value)):
+        kind = type(features[label_column]).__name__.lower()
+        raise UserError(f"Column '{label_column}' of {data} holds no classes, but values of type {kind}.")
     raw = {split: tables[name].with_format("arrow")[label_column].to_pylist() for split, name in chosen.items()}
     if isinstance(features[label_column], datasets.ClassLabel):
         classes = tuple(features[label_column].names)
@@ -145,11 +148,15 @@ def _from_tables(tables: Any, data: str, image_column: str | None, label_column:
         strange = sorted({str(value) for value in raw[split] if value not in index})
         if strange:
             raise UserError(f"Split '{name}' of {data} has labels that are no class: {', '.join(strange[:5])}.")
-        column = tables[name].cast_column(image_column, datasets.Image(decode=False))[image_column]
+        try:
+            column = tables[name].cast_column(image_column, datasets.Image(decode=False))[image_column]
+        # Arrow has an error for each pair of types, datasets for others
+        except Exception as error:
+            raise UserError(f"Column '{image_column}' of {data} holds no images: {error}") from error
         splits[split] = LabelledImages(
             sources=column,
             labels=np.array([index[value] for value in raw[split]], dtype=np.int64),
-            names=[f"{name} row {row}" for row in range(len(raw[split]))],
+            names=[f"{data} {name} row {row}" for row in range(len(raw[split]))],
         )
     return classes, splits
 

@@ -55,6 +55,9 @@ def read_labelled_texts(
     tables = read_tables(data)
     text, label = text_and_label(tables["train"].column_names, data, text_column, label_column)
     feature = tables["train"].features[label]
+    if not isinstance(feature, (datasets.ClassLabel, datasets.Value)):
+        kind = type(feature).__name__.lower()
+        raise UserError(f"Column '{label}' of {data} holds no classes, but values of type {kind}.")
     raw = {split: (table[text][:], table[label][:]) for split, table in tables.items()}
     if isinstance(feature, datasets.ClassLabel):
         names: Sequence[Any] = range(len(feature.names))
