@@ -4,12 +4,13 @@ BIN := .venv/bin
 # One thread a test process: two processes on two cores are faster than one with two threads.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: help quickstart test check format clean
+.PHONY: help quickstart test check audit format clean
 
 help:
 	@echo "make quickstart   install, train a small gMLP on handwritten digits, evaluate it, predict a few"
 	@echo "make test         install with the test tools, check style, types and imports, run the fast suite"
 	@echo "make check        the checks of 'make test' alone"
+	@echo "make audit        look the installed dependencies up in the database of known vulnerabilities"
 	@echo "make format       let ruff put the code in order"
 
 $(BIN)/python:
@@ -36,6 +37,9 @@ check: .venv/.dev
 
 test: check
 	$(TEST)
+
+audit: .venv/.dev
+	$(BIN)/python .ci/audit.py
 
 format: .venv/.dev
 	$(BIN)/ruff check --fix
