@@ -110,6 +110,7 @@ def refused(root: Path, mark: Path) -> dict[str, str]:
         "larger_bomb.png": (black(10_000, 10_000), "more than 67,108,864 pixels"),
         "bomb_of_bombs.png": (png(100_000, 100_000, depth=1, colour=0, rows=b""), "more than 67,108,864 pixels"),
         "widest.png": (png(2**31 - 1, 2**31 - 1, depth=8, colour=2, rows=b""), "more than 67,108,864 pixels"),
+        "tile.tif": (_tile(2**14), "more than 67,108,864 pixels"),
         "wide.png": (black(1_000_000, 1), "one side may be 100 times as long as the other at most"),
         "tall.png": (black(1, 101), "one side may be 100 times as long as the other at most"),
         "no_pixels.png": (png(0, 0, depth=8, colour=2, rows=b""), ""),
@@ -126,6 +127,17 @@ def refused(root: Path, mark: Path) -> dict[str, str]:
     os.mkfifo(root / "pipe.png")
     reasons = {name: reason for name, (_, reason) in contents.items()}
     return {**reasons, "float.tif": "32 bits", "integers.tif": "32 bits", "pipe.png": "not a file"}
+
+
+def _tile(side: int) -> bytes:
+    """A TIFF of 16 × 16 grey pixels in one compressed tile of `side` × `side`."""
+    data = zlib.compress(bytes(1000))
+    long, short = 4, 3
+    entries = [(256, long, 16), (257, long, 16), (258, short, 8), (259, short, 8), (262, short, 1), (277, short, 1)]
+    entries += [(322, long, side), (323, long, side), (324, long, 0), (325, long, len(data))]
+    place = 8 + 2 + 12 * len(entries) + 4
+    fields = b"".join(struct.pack("<HHII", tag, kind, 1, value or place) for tag, kind, value in entries)
+    return b"II*\0" + struct.pack("<IH", 8, len(entries)) + fields + bytes(4) + data
 
 
 def _postscript(mark: Path) -> bytes:

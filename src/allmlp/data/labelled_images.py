@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Int
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from allmlp.errors import UserError
 
@@ -136,7 +136,10 @@ def _open(file: Any) -> Image.Image:
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise _too_large() from error
     width, height = image.size
-    if width * height > PIXEL_LIMIT:
+    # a tile of TIFF is unpacked as a whole, however small the image
+    tags = getattr(image, "tag_v2", {})
+    tile = tags.get(TiffImagePlugin.TILEWIDTH, 0) * tags.get(TiffImagePlugin.TILELENGTH, 0)
+    if max(width * height, tile) > PIXEL_LIMIT:
         image.close()
         raise _too_large()
     if width * height == 0 or max(width, height) > RATIO_LIMIT * min(width, height):
