@@ -113,7 +113,7 @@ def as_is(batch: Any) -> Any:
 def evaluation_transform(cfg: Mapping[str, Any]) -> ImageTransform:
     """timm's resize and centre crop for a model's `pretrained_cfg`."""
     keys = ("input_size", "interpolation", "crop_pct", "crop_mode")
-    transform = create_transform(
+    transform: ImageTransform = create_transform(
         **{key: cfg[key] for key in keys if cfg.get(key)}, is_training=False, use_prefetcher=True
     )
     transform.transforms.insert(0, _Bounded(max(cfg["input_size"][-2:]) / (cfg.get("crop_pct") or DEFAULT_CROP_PCT)))
