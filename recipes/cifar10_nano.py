@@ -91,12 +91,15 @@ def render(found: dict[str, Any], name: str) -> None:
     with rc_context(STYLE):
         figure = Figure(figsize=(9, 3.6), layout="constrained")
         left, right = figure.subplots(1, 2)
+        label_height = 100.0
         for model, figures in sorted(found.items(), key=lambda item: -item[1]["accuracy"]):
             course = [100 * accuracy for accuracy in figures["accuracy_per_epoch"]]
             (line,) = left.plot(range(1, len(course) + 1), course, marker="o" if len(course) < 20 else None, ms=3)
+            # one below the other where curves end side by side
+            label_height = min(course[-1], label_height - 1.7)
             left.annotate(
                 f"{NAMES[model]} {course[-1]:.1f}",
-                (len(course), course[-1]),
+                (len(course), label_height),
                 xytext=(6, 0),
                 textcoords="offset points",
                 va="center",
