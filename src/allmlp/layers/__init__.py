@@ -5,6 +5,7 @@ from allmlp.layers.axial_shift import AxialShift
 from allmlp.layers.channel_mlp import ChannelMLP
 from allmlp.layers.patch_embedding import PatchDownsampling, PatchEmbedding, PatchMerging
 from allmlp.layers.permute_mlp import PermuteMLP, WeightedPermuteMLP
+from allmlp.layers.resampling import GridBound
 from allmlp.layers.sample_norm import SampleNorm
 from allmlp.layers.spatial_gating import SpatialGatingUnit, TinyAttention
 from allmlp.layers.spatial_shift import SpatialShift
@@ -16,6 +17,7 @@ __all__ = [
     "Affine",
     "AxialShift",
     "ChannelMLP",
+    "GridBound",
     "PatchDownsampling",
     "PatchEmbedding",
     "PatchMerging",

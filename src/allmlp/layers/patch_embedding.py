@@ -5,12 +5,12 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from timm.layers import PatchEmbed
+from timm.layers import PatchEmbed, resample_patch_embed
 from torch import Tensor, nn
 
 
 class PatchEmbedding(PatchEmbed):
-    """timm's patch embedding with channels last: a convolution with kernel and stride `patch_size`, then a norm.
+    """timm's patch embedding with channels last: a convolution with stride `patch_size`, then a norm.
 
     Args:
         img_size: image size in pixels, one number or (height, width).
@@ -18,11 +18,14 @@ class PatchEmbedding(PatchEmbed):
         in_chans: channels of the image.
         channels: width of the embedding.
         norm_layer: norm of the channels-last map; none by default.
+        kernel_size: pixels that a patch sees, `patch_size` by default. Larger patches overlap; at the border the image
+            is continued by its outermost pixels.
         fixed_size: the model mixes a fixed number of tokens: patches must tile the image, and inputs must have
             `img_size`. Otherwise any input is taken, padded with zeros to whole patches.
 
     Raises:
-        ValueError: with `fixed_size`, for a size no patch grid fits, naming the nearest that do; for such an input.
+        ValueError: with `fixed_size`, for a size no patch grid fits, naming the nearest that do, and for such an input;
+            for a kernel smaller than the patch.
     """
 
     # timm's attributes; the last two are those of models of a fixed size
@@ -38,13 +41,16 @@ class PatchEmbedding(PatchEmbed):
         channels: int,
         norm_layer: Callable[[int], nn.Module] | None = None,
         *,
+        kernel_size: int | tuple[int, int] | None = None,
         fixed_size: bool,
     ) -> None:
         image, patch = None if img_size is None else pair(img_size), pair(patch_size)
+        kernel = patch if kernel_size is None else pair(kernel_size)
         if fixed_size:
             if image is None:
                 raise ValueError("img_size is needed: this model mixes a fixed number of tokens")
             check_patches_tile(image, patch)
+        _check_kernel(kernel, patch)
         super().__init__(
             image if fixed_size else None,
             patch,  # type: ignore[arg-type]  (timm takes a pair as well)
@@ -53,17 +59,52 @@ class PatchEmbedding(PatchEmbed):
             output_fmt="NHWC",
             strict_img_size=False,
         )
+        if kernel != patch:
+            self.proj = nn.Conv2d(in_chans, channels, kernel, stride=patch)
         if norm_layer is not None:
             self.norm = norm_layer(channels)
+
+    def set_input_size(
+        self,
+        img_size: int | tuple[int, int] | None = None,
+        patch_size: int | tuple[int, int] | None = None,
+        kernel_size: int | tuple[int, int] | None = None,
+    ) -> None:
+        """Take images of another size, or patches of another size or kernel, whose weights timm's function resamples.
+
+        What is None stays as it is; the kernel becomes the patch size where that is named.
+
+        Raises:
+            ValueError: as for the constructor.
+        """
+        former = self.proj
+        patch = self.patch_size if patch_size is None else pair(patch_size)
+        kernel = patch if patch_size is not None else (former.kernel_size[0], former.kernel_size[1])
+        kernel = kernel if kernel_size is None else pair(kernel_size)
+        _check_kernel(kernel, patch)
+        if self.img_size is not None:
+            image = pair(self.img_size if img_size is None else img_size)
+            check_patches_tile(image, patch)
+            self.img_size, self.grid_size = image, (image[0] // patch[0], image[1] // patch[1])
+            self.num_patches = self.grid_size[0] * self.grid_size[1]
+        if kernel != former.kernel_size:
+            weight = resample_patch_embed(former.weight.detach(), list(kernel))
+            former.weight = nn.Parameter(weight, requires_grad=former.weight.requires_grad)
+        former.kernel_size, former.stride, self.patch_size = kernel, patch, patch
 
     def forward(self, x: Float[Tensor, "batch chans height width"]) -> Float[Tensor, "batch rows columns channels"]:
         if self.img_size is not None and x.shape[-2:] != pair(self.img_size):
             raise ValueError(
                 f"the image is {_size(x.shape[-2:])} pixels, this model was built for {_size(pair(self.img_size))}; "
-                "build it with img_size=(height, width)"
+                "build it with img_size=(height, width), or give it to set_input_size"
             )
         if self.img_size is None:
+            if not torch.compiler.is_exporting() and 0 in x.shape[-2:]:
+                raise ValueError(f"the image is {_size(x.shape[-2:])} pixels: there is nothing in it")
             x = _pad_to_patches(x, self.patch_size)
+        high, wide = (kernel - patch for kernel, patch in zip(self.proj.kernel_size, self.patch_size, strict=True))
+        if high or wide:
+            x = F.pad(x, (wide // 2, wide - wide // 2, high // 2, high - high // 2), mode="replicate")
         return self.norm(self.proj(x).permute(0, 2, 3, 1).contiguous())
 
 
@@ -141,6 +182,14 @@ def check_patches_tile(img_size: Sequence[int], patch_size: Sequence[int]) -> No
         f"an image of {_size(img_size)} pixels cannot be cut into patches of {_size(patch_size)}; "
         f"each side must be a multiple of its patch's: the nearest sizes are {nearest}"
     )
+
+
+def _check_kernel(kernel_size: Sequence[int], patch_size: Sequence[int]) -> None:
+    if any(kernel < patch for kernel, patch in zip(kernel_size, patch_size, strict=True)):
+        raise ValueError(
+            f"a kernel of {_size(kernel_size)} pixels leaves pixels unseen between patches of {_size(patch_size)}; "
+            "it must be as large as they are, or larger"
+        )
 
 
 def pair(size: int | tuple[int, int]) -> tuple[int, int]:

@@ -1,13 +1,17 @@
 """Permute-MLP, the token mixer of Vision Permutator (arXiv 2106.12368, algorithm 1)."""
 
+from collections.abc import Mapping
+
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from allmlp.layers.recomputing import linear_after
+from allmlp.layers.resampling import GridBound
 from allmlp.layers.split_attention import SplitAttention
+from allmlp.ops.resampling import Grid, resample_read, resample_written
 
 
-class PermuteMLP(nn.Module):
+class PermuteMLP(GridBound):
     """Mix along the height, the width and the channels separately, add the three up and project.
 
     The channels are cut in `segments` of `S = channels / segments`. For the height, the `H·S` numbers that one segment
@@ -60,6 +64,30 @@ class PermuteMLP(nn.Module):
     def forward(self, x: Float[Tensor, "batch height width channels"]) -> Float[Tensor, "batch height width channels"]:
         h, w, c = self.mix(x)
         return self.proj(h + w + c)
+
+    def trained_grid(self, own: Mapping[str, Tensor]) -> Grid:
+        size = self.mlp_c.in_features // self.segments
+        return own["mlp_h.weight"].shape[0] // size, own["mlp_w.weight"].shape[0] // size
+
+    def resampled(self, own: Mapping[str, Tensor], grid: Grid, new_grid: Grid) -> dict[str, Tensor]:
+        def along(weight: Tensor, old: int, new: int) -> Tensor:
+            if old == new:
+                return weight
+            # positions written, their channels of a segment, positions read, theirs
+            weight = weight.unflatten(1, (old, -1)).unflatten(0, (old, -1))
+            weight = resample_read(resample_written(weight, (old,), (new,)), (old,), (new,), 2)
+            return weight.flatten(2).flatten(0, 1)
+
+        return {
+            "mlp_h.weight": along(own["mlp_h.weight"], grid[0], new_grid[0]),
+            "mlp_w.weight": along(own["mlp_w.weight"], grid[1], new_grid[1]),
+        }
+
+    def set_grid_size(self, grid: Grid, new_grid: Grid) -> None:
+        super().set_grid_size(grid, new_grid)
+        self.grid_size = (new_grid[0], new_grid[1])
+        for linear in (self.mlp_h, self.mlp_w):
+            linear.out_features, linear.in_features = linear.weight.shape
 
     def extra_repr(self) -> str:
         return f"grid_size={self.grid_size}, segments={self.segments}"

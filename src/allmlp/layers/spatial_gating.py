@@ -1,6 +1,7 @@
 """The spatial gating unit of gMLP and aMLP (arXiv 2105.08050), for whole sequences and for the next tokens of one."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
@@ -9,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from allmlp.layers.recomputing import is_watched
+from allmlp.layers.resampling import GridBound
 from allmlp.ops import (
     apply_gate,
     recomputing,
@@ -18,6 +20,7 @@ from allmlp.ops import (
     toeplitz_product,
 )
 from allmlp.ops.recomputing import worth_recomputing
+from allmlp.ops.resampling import Grid, resample_read, resample_written
 
 
 class Past(Protocol):
@@ -95,7 +98,7 @@ class TinyAttention(nn.Module):
         return self.proj(y.squeeze(1))
 
 
-class SpatialGatingUnit(nn.Module):
+class SpatialGatingUnit(GridBound):
     r"""Gate each token by a learnt linear map across tokens (gMLP, section 2.1).
 
     With `u, v` the two halves of the input's channels, `y = u ⊙ act(W·LN(v) + b)`; without the split,
@@ -218,6 +221,21 @@ class SpatialGatingUnit(nn.Module):
             return apply_gate(u, gate.add_(bias), residual, self.gate_act)
         bias = _leading(self.bias, tokens, 1) if not self.toeplitz else self.bias
         return spatial_gating(u, v, self._matrix(tokens, mask), bias, residual, self.gate_act)
+
+    def trained_grid(self, own: Mapping[str, Tensor]) -> Grid:
+        return (own["bias"].shape[-1],)
+
+    def resampled(self, own: Mapping[str, Tensor], grid: Grid, new_grid: Grid) -> dict[str, Tensor]:
+        if self.toeplitz:
+            raise ValueError("a Toeplitz unit belongs to a sequence, not to a grid; it takes any length as it is")
+        return {
+            "weight": resample_read(resample_written(own["weight"], grid, new_grid, -2), grid, new_grid),
+            "bias": resample_written(own["bias"], grid, new_grid, -1),
+        }
+
+    def set_grid_size(self, grid: Grid, new_grid: Grid) -> None:
+        super().set_grid_size(grid, new_grid)
+        self.tokens = math.prod(new_grid)
 
     def _is_plain(self) -> bool:
         """Whether the gate is one dense product of the norm and nothing else."""

@@ -1,15 +1,17 @@
 """Mixer's token mixing (MLP-Mixer, arXiv 2105.01601)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from allmlp.layers.recomputing import linear_after
+from allmlp.layers.resampling import GridBound
 from allmlp.layers.token_linear import TokenLinear
+from allmlp.ops.resampling import Grid, resample_read, resample_written
 
 
-class TokenMixingMLP(nn.Module):
+class TokenMixingMLP(GridBound):
     """Mixer's token mixing, `W2 GELU(W1 X + b1) + b2` across tokens (MLP-Mixer, eq. 1).
 
     Args:
@@ -34,3 +36,13 @@ class TokenMixingMLP(nn.Module):
         if self.training and self.drop1.p > 0:
             return self.drop2(self.fc2(self.drop1(self.act(hidden))))
         return self.drop2(linear_after(self.fc2, self.act, hidden))
+
+    def trained_grid(self, own: Mapping[str, Tensor]) -> Grid:
+        return (own["fc2.bias"].shape[0],)
+
+    def resampled(self, own: Mapping[str, Tensor], grid: Grid, new_grid: Grid) -> dict[str, Tensor]:
+        return {
+            "fc1.weight": resample_read(own["fc1.weight"], grid, new_grid),
+            "fc2.weight": resample_written(own["fc2.weight"], grid, new_grid),
+            "fc2.bias": resample_written(own["fc2.bias"], grid, new_grid),
+        }

@@ -52,6 +52,7 @@ class ASMLP(VisionMLP):
         img_size: image size in pixels; kept for timm's interface.
         in_chans: channels of the image.
         patch_size: patch size in pixels, one number or (height, width).
+        patch_kernel: pixels that a patch sees, `patch_size` by default; larger ones overlap.
         embed_dim: width of the first stage, the paper's C.
         depths: blocks of each stage.
         shift_size: number of offsets of the axial shifts, odd.
@@ -68,6 +69,7 @@ class ASMLP(VisionMLP):
         img_size: int | tuple[int, int] | None = 224,
         in_chans: int = 3,
         patch_size: int | tuple[int, int] = 4,
+        patch_kernel: int | tuple[int, int] | None = None,
         embed_dim: int = 96,
         depths: tuple[int, ...] = (2, 2, 6, 2),
         shift_size: int = 5,
@@ -77,7 +79,9 @@ class ASMLP(VisionMLP):
         drop_path_rate: float = 0.0,
         global_pool: str = "avg",
     ) -> None:
-        stem = PatchEmbedding(img_size, patch_size, in_chans, embed_dim, SampleNorm, fixed_size=False)
+        stem = PatchEmbedding(
+            img_size, patch_size, in_chans, embed_dim, SampleNorm, kernel_size=patch_kernel, fixed_size=False
+        )
         rates = iter(depth_decayed(drop_path_rate, sum(depths)))
         blocks: list[nn.Module] = []
         levels = []

@@ -1,6 +1,7 @@
 """What every vision family shares: patch embedding → blocks → norm → pooling → head, behind timm's model interface."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from allmlp.layers import PatchEmbedding
+from allmlp.layers.patch_embedding import pair
+from allmlp.vision.resolution import grid_bound_layers, resample_state_dict
 
 POOLINGS = ("avg", "")
 
@@ -86,6 +89,47 @@ class VisionMLP(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in backward in place of keeping its activations."""
         self.grad_checkpointing = enable
+
+    def set_input_size(
+        self,
+        img_size: int | tuple[int, int] | None = None,
+        patch_size: int | tuple[int, int] | None = None,
+        patch_kernel: int | tuple[int, int] | None = None,
+    ) -> None:
+        """Take images of another size: weights that belong to positions are resampled, in place (docs/resolution.md).
+
+        Families without such weights take any size as they are. Parameters that change are new ones: an optimizer must
+        be made anew.
+
+        Args:
+            img_size: image size in pixels, one number or (height, width); as it is where None.
+            patch_size: patch size likewise; the patch embedding is resampled.
+            patch_kernel: pixels that a patch sees, `patch_size` where only that is named. Where pictures are enlarged,
+                a kernel enlarged as much shows the blocks what they know.
+
+        Raises:
+            ValueError: for a size no patch grid fits, naming the nearest that do; for a kernel smaller than the patch.
+        """
+        patch, grid = max(self.stem.patch_size), self.stem.grid_size
+        self.stem.set_input_size(img_size, patch_size, patch_kernel)
+        new_grid = self.stem.grid_size
+        if new_grid != grid:
+            for _, layer, old, new in grid_bound_layers(self.blocks, grid, new_grid):
+                layer.set_grid_size(old, new)
+        for info in self.feature_info:
+            info["reduction"] = info["reduction"] // patch * max(self.stem.patch_size)
+        # What prepares images for the model reads their size in timm's configuration.
+        cfg = getattr(self, "pretrained_cfg", None)
+        if cfg and img_size is not None:
+            cfg["input_size"] = (cfg["input_size"][0], *pair(img_size))
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """torch's, for weights trained at any image size: `resample_state_dict` brings them to this model's.
+
+        Raises:
+            ValueError: if the weights do not tell the grid they were trained on; the message asks for it.
+        """
+        return super().load_state_dict(resample_state_dict(state_dict, self), strict, assign)
 
     def get_classifier(self) -> nn.Module:
         """The head."""

@@ -85,6 +85,7 @@ class GMLP(VisionMLP):
         img_size: image size in pixels, one number or (height, width).
         in_chans: channels of the image.
         patch_size: patch size in pixels, one number or (height, width).
+        patch_kernel: pixels that a patch sees, `patch_size` by default; larger ones overlap.
         num_blocks: number of blocks.
         embed_dim: width, d_model.
         mlp_ratio: `d_ffn / d_model`, d_ffn before the split.
@@ -105,6 +106,7 @@ class GMLP(VisionMLP):
         img_size: int | tuple[int, int] = 224,
         in_chans: int = 3,
         patch_size: int | tuple[int, int] = 16,
+        patch_kernel: int | tuple[int, int] | None = None,
         num_blocks: int = 30,
         embed_dim: int = 256,
         mlp_ratio: float = 6,
@@ -118,7 +120,7 @@ class GMLP(VisionMLP):
         drop_path_rate: float = 0.0,
         global_pool: str = "avg",
     ) -> None:
-        stem = PatchEmbedding(img_size, patch_size, in_chans, embed_dim, fixed_size=True)
+        stem = PatchEmbedding(img_size, patch_size, in_chans, embed_dim, kernel_size=patch_kernel, fixed_size=True)
         block = partial(
             GMLPBlock,
             embed_dim,

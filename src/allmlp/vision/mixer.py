@@ -85,6 +85,7 @@ class Mixer(VisionMLP):
         img_size: image size in pixels, one number or (height, width).
         in_chans: channels of the image.
         patch_size: patch size in pixels, one number or (height, width).
+        patch_kernel: pixels that a patch sees, `patch_size` by default; larger ones overlap.
         num_blocks: number of blocks.
         embed_dim: width, C.
         token_hidden: hidden width of token mixing, D_S.
@@ -103,6 +104,7 @@ class Mixer(VisionMLP):
         img_size: int | tuple[int, int] = 224,
         in_chans: int = 3,
         patch_size: int | tuple[int, int] = 16,
+        patch_kernel: int | tuple[int, int] | None = None,
         num_blocks: int = 8,
         embed_dim: int = 512,
         token_hidden: int = 256,
@@ -116,7 +118,7 @@ class Mixer(VisionMLP):
     ) -> None:
         if act_layer not in _ACTIVATIONS:
             raise ValueError(f"act_layer must be one of {', '.join(_ACTIVATIONS)}, got {act_layer!r}")
-        stem = PatchEmbedding(img_size, patch_size, in_chans, embed_dim, fixed_size=True)
+        stem = PatchEmbedding(img_size, patch_size, in_chans, embed_dim, kernel_size=patch_kernel, fixed_size=True)
         block = partial(
             MixerBlock,
             embed_dim,

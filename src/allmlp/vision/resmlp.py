@@ -1,5 +1,6 @@
 """ResMLP: Touvron et al., "ResMLP: Feedforward networks for image classification" (arXiv 2105.03404)."""
 
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -7,7 +8,8 @@ from jaxtyping import Float
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from allmlp.layers import Affine, ChannelMLP, PatchEmbedding, TokenLinear
+from allmlp.layers import Affine, ChannelMLP, GridBound, PatchEmbedding, TokenLinear
+from allmlp.ops.resampling import Grid, resample_read, resample_written
 from allmlp.vision.base import VisionMLP, column_levels, depth_decayed
 from allmlp.vision.registry import register_family
 
@@ -20,7 +22,7 @@ VARIANTS = {
 }
 
 
-class ResMLPBlock(nn.Module):
+class ResMLPBlock(GridBound):
     """A linear map across tokens, then a channel MLP, each between an Affine and a LayerScale (eq. 2 and 3).
 
     `u = x + ls1 ⊙ (W·Aff1(x) + b)`, `y = u + ls2 ⊙ MLP(Aff2(u))`.
@@ -58,6 +60,16 @@ class ResMLPBlock(nn.Module):
         x = x + self.drop_path(self.ls1 * mixed)
         return x + self.drop_path(self.ls2 * self.mlp_channels(self.norm2(x)))
 
+    def trained_grid(self, own: Mapping[str, Tensor]) -> Grid:
+        return (own["linear_tokens.bias"].shape[0],)
+
+    def resampled(self, own: Mapping[str, Tensor], grid: Grid, new_grid: Grid) -> dict[str, Tensor]:
+        weight = resample_written(own["linear_tokens.weight"], grid, new_grid)
+        return {
+            "linear_tokens.weight": resample_read(weight, grid, new_grid),
+            "linear_tokens.bias": resample_written(own["linear_tokens.bias"], grid, new_grid),
+        }
+
 
 class ResMLP(VisionMLP):
     """ResMLP.
@@ -67,6 +79,7 @@ class ResMLP(VisionMLP):
         img_size: image size in pixels, one number or (height, width).
         in_chans: channels of the image.
         patch_size: patch size in pixels, one number or (height, width).
+        patch_kernel: pixels that a patch sees, `patch_size` by default; larger ones overlap.
         num_blocks: number of blocks.
         embed_dim: width.
         mlp_ratio: hidden width of the channel MLPs over `embed_dim`.
@@ -83,6 +96,7 @@ class ResMLP(VisionMLP):
         img_size: int | tuple[int, int] = 224,
         in_chans: int = 3,
         patch_size: int | tuple[int, int] = 16,
+        patch_kernel: int | tuple[int, int] | None = None,
         num_blocks: int = 12,
         embed_dim: int = 384,
         mlp_ratio: float = 4,
@@ -92,7 +106,7 @@ class ResMLP(VisionMLP):
         drop_path_rate: float = 0.0,
         global_pool: str = "avg",
     ) -> None:
-        stem = PatchEmbedding(img_size, patch_size, in_chans, embed_dim, fixed_size=True)
+        stem = PatchEmbedding(img_size, patch_size, in_chans, embed_dim, kernel_size=patch_kernel, fixed_size=True)
         block = partial(
             ResMLPBlock, embed_dim, stem.num_patches, mlp_ratio=mlp_ratio, init_scale=init_scale, drop=proj_drop_rate
         )

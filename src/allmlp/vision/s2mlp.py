@@ -73,6 +73,7 @@ class S2MLP(VisionMLP):
         img_size: image size in pixels; kept for timm's interface.
         in_chans: channels of the image.
         patch_size: patch size in pixels, one number or (height, width).
+        patch_kernel: pixels that a patch sees, `patch_size` by default; larger ones overlap.
         num_blocks: number of blocks, the paper's N.
         embed_dim: width, the paper's c.
         mlp_ratio: hidden width of the channel MLPs over `embed_dim`, the paper's r.
@@ -90,6 +91,7 @@ class S2MLP(VisionMLP):
         img_size: int | tuple[int, int] | None = 224,
         in_chans: int = 3,
         patch_size: int | tuple[int, int] = 16,
+        patch_kernel: int | tuple[int, int] | None = None,
         num_blocks: int = 12,
         embed_dim: int = 768,
         mlp_ratio: float = 4,
@@ -101,7 +103,9 @@ class S2MLP(VisionMLP):
         global_pool: str = "avg",
     ) -> None:
         norm_layer = _norm_layer(norm, norm_eps)
-        stem = PatchEmbedding(img_size, patch_size, in_chans, embed_dim, norm_layer, fixed_size=False)
+        stem = PatchEmbedding(
+            img_size, patch_size, in_chans, embed_dim, norm_layer, kernel_size=patch_kernel, fixed_size=False
+        )
         block = partial(S2MLPBlock, embed_dim, mlp_ratio=mlp_ratio, norm_layer=norm_layer, drop=proj_drop_rate)
         super().__init__(
             stem=stem,

@@ -93,6 +93,7 @@ class S2MLPv2(VisionMLP):
         img_size: image size in pixels; kept for timm's interface.
         in_chans: channels of the image.
         patch_size: patch size of the first stage in pixels, one number or (height, width).
+        patch_kernel: pixels that a patch sees, `patch_size` by default; larger ones overlap.
         depths: blocks of each stage.
         embed_dims: width of each stage.
         mlp_ratio: hidden width of the channel MLPs over the width, the paper's r.
@@ -109,6 +110,7 @@ class S2MLPv2(VisionMLP):
         img_size: int | tuple[int, int] | None = 224,
         in_chans: int = 3,
         patch_size: int | tuple[int, int] = 7,
+        patch_kernel: int | tuple[int, int] | None = None,
         depths: tuple[int, ...] = (4, 14),
         embed_dims: tuple[int, ...] = (192, 384),
         mlp_ratio: float = 3,
@@ -120,7 +122,7 @@ class S2MLPv2(VisionMLP):
     ) -> None:
         if len(depths) != len(embed_dims):
             raise ValueError(f"depths and embed_dims must name as many stages, got {depths} and {embed_dims}")
-        stem = PatchEmbedding(img_size, patch_size, in_chans, embed_dims[0], fixed_size=False)
+        stem = PatchEmbedding(img_size, patch_size, in_chans, embed_dims[0], kernel_size=patch_kernel, fixed_size=False)
         rates = iter(depth_decayed(drop_path_rate, sum(depths)))
         blocks: list[nn.Module] = []
         levels = []

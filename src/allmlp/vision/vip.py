@@ -84,6 +84,7 @@ class VisionPermutator(VisionMLP):
         img_size: image size in pixels, one number or (height, width).
         in_chans: channels of the image.
         patch_size: patch size in pixels, one number or (height, width).
+        patch_kernel: pixels that a patch sees, `patch_size` by default; larger ones overlap.
         depths: blocks of each stage.
         embed_dims: width of each stage.
         segments: number of channel segments of each stage, divisors of its width.
@@ -104,6 +105,7 @@ class VisionPermutator(VisionMLP):
         img_size: int | tuple[int, int] = 224,
         in_chans: int = 3,
         patch_size: int | tuple[int, int] = 7,
+        patch_kernel: int | tuple[int, int] | None = None,
         depths: tuple[int, ...] = (4, 3, 8, 3),
         embed_dims: tuple[int, ...] = (192, 384, 384, 384),
         segments: tuple[int, ...] = (32, 16, 16, 16),
@@ -122,7 +124,7 @@ class VisionPermutator(VisionMLP):
             )
         if mixing not in _MIXERS:
             raise ValueError(f"mixing must be one of {', '.join(_MIXERS)}, got {mixing!r}")
-        stem = PatchEmbedding(img_size, patch_size, in_chans, embed_dims[0], fixed_size=True)
+        stem = PatchEmbedding(img_size, patch_size, in_chans, embed_dims[0], kernel_size=patch_kernel, fixed_size=True)
         rates = iter(depth_decayed(drop_path_rate, sum(depths)))
         grid, reduction = stem.grid_size, max(stem.patch_size)
         blocks: list[nn.Module] = []

@@ -1,0 +1,75 @@
+"""Weights for another image size than the one they were trained at; docs/resolution.md compares the ways."""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from timm.layers import resample_patch_embed
+from torch import Tensor, nn
+
+from allmlp.layers import GridBound, PatchDownsampling, PatchMerging
+from allmlp.ops.resampling import Grid, guess_grid
+
+
+def resample_state_dict(state_dict: Mapping[str, Tensor], model: Any, grid: Grid | None = None) -> dict[str, Tensor]:
+    """Weights trained at another image size, patch size or kernel, resampled to those of `model`; others as they are.
+
+    Args:
+        state_dict: weights of such a model.
+        model: the `VisionMLP` they are for.
+        grid: (rows, columns) of the patches they were trained on. Where it is None and the weights tell no more than a
+            number of tokens: the model's own grid if it has as many, else a square, else a grid of the model's
+            proportions.
+
+    Raises:
+        ValueError: if the number of tokens is none of these (the message asks for the grid), or not that of `grid`.
+    """
+    resampled = dict(state_dict)
+    embedding, kernel_size = resampled.get("stem.proj.weight"), model.stem.proj.kernel_size
+    if embedding is not None and embedding.ndim == 4 and embedding.shape[2:] != kernel_size:
+        resampled["stem.proj.weight"] = resample_patch_embed(embedding, list(kernel_size))
+    new_grid = model.stem.grid_size
+    if new_grid is None:
+        return resampled
+    layers = {name: layer for name, layer, _, _ in grid_bound_layers(model.blocks, new_grid, new_grid)}
+    # Keys that are missing are told by whoever loads the weights.
+    own = {name: found for name, layer in layers.items() if (found := _own_parameters(name, layer, state_dict))}
+    if grid is None and own:
+        first = next(iter(own))
+        grid = _trained_grid(layers[first].trained_grid(own[first]), new_grid)
+    for name, layer, old, new in grid_bound_layers(model.blocks, grid or new_grid, new_grid):
+        if name in own and old != new:
+            changed = layer.resampled(own[name], old, new)
+            resampled.update({f"{name}.{key}": value for key, value in changed.items()})
+    return resampled
+
+
+def grid_bound_layers(blocks: nn.Sequential, grid: Grid, new_grid: Grid) -> Iterator[tuple[str, GridBound, Grid, Grid]]:
+    """Every layer with weights tied to positions: its name in the model, itself, its grids.
+
+    Args:
+        blocks: the model's blocks.
+        grid: the first block's grid.
+        new_grid: another one; both are halved wherever the blocks halve the map.
+    """
+    for index, block in enumerate(blocks):
+        if isinstance(block, PatchDownsampling | PatchMerging):
+            grid, new_grid = (tuple((size + 1) // 2 for size in sizes) for sizes in (grid, new_grid))
+        for name, layer in block.named_modules(prefix=f"blocks.{index}"):
+            if isinstance(layer, GridBound):
+                yield name, layer, grid, new_grid
+
+
+def _own_parameters(name: str, layer: GridBound, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A layer's parameters in a state dict; nothing where one is missing."""
+    keys = {key: f"{name}.{key}" for key, _ in layer.named_parameters()}
+    if not all(key in state_dict for key in keys.values()):
+        return {}
+    return {own: state_dict[key] for own, key in keys.items()}
+
+
+def _trained_grid(known: Grid, new_grid: Grid) -> Grid:
+    if len(known) == 2:
+        return known
+    (tokens,) = known
+    return new_grid if tokens == math.prod(new_grid) else guess_grid(tokens, like=new_grid)
