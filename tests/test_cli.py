@@ -133,6 +133,12 @@ def test_train_evaluate_predict(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(["evaluate", run]) == 0
     assert "(held out), 6 images\naccuracy 100.00%" in capsys.readouterr().out
 
+    larger = ["--img-size", "16x12", "--patch-kernel", "8x6"]
+    assert main(["evaluate", run, data, *larger, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["accuracy"] == 1.0
+    assert main(["evaluate", run, data, "--img-size", "9"]) == 1
+    assert "the nearest sizes are 8×8 and 12×12" in capsys.readouterr().err
+
     picture("green", 77).save(tmp_path / "new.png")
     (tmp_path / "broken.png").write_text("no image")
     files = [str(tmp_path / name) for name in ("new.png", "broken.png")]
@@ -140,6 +146,8 @@ def test_train_evaluate_predict(tmp_path: Path, capsys: pytest.CaptureFixture[st
     answer = capsys.readouterr()
     assert json.loads(answer.out)[0]["predictions"][0]["label"] == "green"
     assert "warning: left out 1 of 2" in answer.err
+    assert main(["predict", run, files[0], *larger, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["predictions"][0]["label"] == "green"
     assert main(["predict", run, *files, "--strict"]) == 1
     assert main(["predict", run, files[1]]) == 1
 

@@ -211,6 +211,7 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument(
         "data", nargs="?", metavar="DATA", help="as for train; of the run's own data (the default) the held-out part"
     )
+    _add_size_flags(parser)
     parser.add_argument(
         "--batch-size", type=_count, default=256, metavar="N", help="images or windows of text at a time (default: 256)"
     )
@@ -219,6 +220,21 @@ def _add_evaluate(commands: Any) -> None:
         "--stride", type=int, metavar="N", help="tokens from one window of text to the next (default: the context)"
     )
     parser.add_argument("--json", action="store_true", help="answer in JSON")
+
+
+def _add_size_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--img-size",
+        type=_size,
+        metavar="N",
+        help="resize images to this size in pixels, 256 or HEIGHTxWIDTH, and the model's weights with them",
+    )
+    parser.add_argument(
+        "--patch-kernel",
+        type=_size,
+        metavar="N",
+        help="pixels that a patch sees; where --img-size enlarges the pictures, enlarge it as much",
+    )
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -235,7 +251,12 @@ def _evaluate(options: argparse.Namespace) -> None:
     from allmlp.training import evaluation
 
     found = evaluation.evaluate(
-        options.run_directory, options.data, batch_size=options.batch_size, strict=options.strict
+        options.run_directory,
+        options.data,
+        img_size=options.img_size,
+        patch_kernel=options.patch_kernel,
+        batch_size=options.batch_size,
+        strict=options.strict,
     )
     _answer(options, found, lambda: evaluation.accuracy_text(found))
 
@@ -244,6 +265,7 @@ def _add_predict(commands: Any) -> None:
     parser = _command(commands, "predict", _predict, "name the likeliest classes of images")
     parser.add_argument("run_directory", metavar="RUN", help="a run directory")
     parser.add_argument("files", nargs="+", metavar="FILE", help="image files, or folders of them")
+    _add_size_flags(parser)
     parser.add_argument("--top-k", type=int, default=3, metavar="K", help="classes per image (default: 3)")
     parser.add_argument("--strict", action="store_true", help="fail at a file that cannot be read")
     parser.add_argument("--json", action="store_true", help="answer in JSON")
@@ -252,7 +274,14 @@ def _add_predict(commands: Any) -> None:
 def _predict(options: argparse.Namespace) -> None:
     from allmlp.training import evaluation
 
-    found = evaluation.predict(options.run_directory, options.files, top_k=options.top_k, strict=options.strict)
+    found = evaluation.predict(
+        options.run_directory,
+        options.files,
+        img_size=options.img_size,
+        patch_kernel=options.patch_kernel,
+        top_k=options.top_k,
+        strict=options.strict,
+    )
     broken = [f"{entry['file']} ({entry['error']})" for entry in found if "error" in entry]
     if broken:
         logging.getLogger("allmlp").warning("left out %d of %d: %s", len(broken), len(found), ", ".join(broken[:5]))

@@ -70,6 +70,34 @@ def test_pipelines_take_a_run_directory(saved: tuple[Path, torch.nn.Module]) -> 
     assert {each["label"] for each in answer} <= set(CLASSES)
 
 
+def test_runs_load_at_another_size(saved: tuple[Path, torch.nn.Module], tmp_path: Path) -> None:
+    run, model = saved
+    model.set_input_size((12, 8), patch_kernel=(6, 4))
+    loaded = allmlp.load(run, img_size=(12, 8), patch_kernel=(6, 4))
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
+    assert loaded.pretrained_cfg["input_size"] == (3, 12, 8)
+    assert loaded.pretrained_cfg["label_names"] == CLASSES
+    plain = timm.create_model(f"local-dir:{run}", pretrained=True, img_size=(12, 8), patch_kernel=(6, 4))
+    torch.testing.assert_close(plain.state_dict(), model.state_dict(), rtol=0, atol=0)
+    # and a run of that size is written and loaded as any other
+    arguments = {**ARGUMENTS, "img_size": [12, 8], "patch_kernel": [6, 4]}
+    again = run_directory.classifier(model, "gmlp_nano_patch4_32", arguments, CLASSES)
+    run_directory.save_classifier(again, tmp_path / "again")
+    images = torch.randn(2, 3, 12, 8)
+    torch.testing.assert_close(allmlp.load(tmp_path / "again")(images), model(images), rtol=0, atol=0)
+
+
+def test_sizes_that_a_run_cannot_take_are_refused(saved: tuple[Path, torch.nn.Module], tmp_path: Path) -> None:
+    run, _ = saved
+    with pytest.raises(UserError, match=r"run cannot take images of this size: .* nearest sizes are 8×8 and 12×12"):
+        allmlp.load(run, img_size=9)
+    theirs = timm.create_model("test_vit", num_classes=3)
+    wrapped = run_directory.classifier(theirs, "test_vit", {}, CLASSES)
+    run_directory.save_classifier(wrapped, tmp_path / "theirs")
+    with pytest.raises(UserError, match="theirs holds no image model of allmlp: its image size cannot be changed"):
+        allmlp.load(tmp_path / "theirs", img_size=64)
+
+
 def test_directories_that_are_no_run_say_what_they_are(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="There is no run directory"):
         allmlp.load(tmp_path / "none")

@@ -123,6 +123,7 @@ class TestExport:
             (GMLP(num_blocks=1, norm_eps=1e-5), "its norms have epsilon 1e-6"),
             (Mixer(num_blocks=1, act_layer="gelu_tanh"), "its GELU is the exact one"),
             (Mixer(num_blocks=1, norm_eps=1e-5), "its norms have epsilon 1e-6"),
+            (ResMLP(num_blocks=1, patch_kernel=20), "its patches do not overlap"),
         ],
     )
     def test_what_timm_computes_otherwise_is_refused(self, model: nn.Module, message: str) -> None:

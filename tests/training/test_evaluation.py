@@ -45,6 +45,15 @@ def test_of_its_own_data_the_held_out_part_counts(run: Path) -> None:
     assert "accuracy 100.00%" in evaluation.accuracy_text(found)
 
 
+def test_a_run_is_measured_at_another_size(run: Path) -> None:
+    same, larger = evaluate(str(run), img_size=8), evaluate(str(run), img_size=16, patch_kernel=8)
+    assert same == evaluate(str(run))
+    assert larger["accuracy"] == 1.0
+    assert larger["loss"] != same["loss"]
+    with pytest.raises(UserError, match="nearest sizes are 8×8 and 12×12"):
+        evaluate(str(run), img_size=9)
+
+
 def metrics_data(run: Path) -> str:
     """What the run was trained on."""
     recipe = evaluation.recipe_of(str(run))

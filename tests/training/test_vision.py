@@ -157,6 +157,23 @@ def test_fine_tuning_goes_on_from_the_weights(finished: tuple[Path, dict[str, An
     assert vision.train(recipe, tmp_path / "more")["loss"] == pytest.approx(metrics["loss"], rel=0.3)
 
 
+def test_fine_tuning_at_another_size_resamples_the_weights(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    run, _ = finished
+    settings = {"start_from": str(run), "model": None, "model_args": {"patch_kernel": (6, 4)}, "img_size": (12, 8)}
+    recipe = tiny_recipe(tmp_path, **settings, max_steps=1, lr=1e-9)
+    vision.train(recipe, tmp_path / "larger")
+    expected = allmlp.load(run, img_size=(12, 8), patch_kernel=(6, 4)).state_dict()
+    tuned = allmlp.load(tmp_path / "larger")
+    torch.testing.assert_close(tuned.state_dict(), expected, rtol=0, atol=1e-6)
+    assert tuple(tuned.pretrained_cfg["input_size"]) == (3, 12, 8)
+    # the former grid, 3×2, is known though it is neither a square nor of the new one's proportions
+    back = tiny_recipe(tmp_path, **{**settings, "start_from": str(tmp_path / "larger"), "img_size": 16}, max_steps=1)
+    vision.train(back, tmp_path / "back")
+    assert allmlp.load(tmp_path / "back")(torch.randn(1, 3, 16, 16)).shape == (1, 3)
+
+
 def test_weights_that_do_not_match_are_listed(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     run, _ = finished
     recipe = tiny_recipe(tmp_path, start_from=str(run), model="mixer_nano_patch4_32", model_args={})

@@ -165,7 +165,12 @@ def task(source: str | Path) -> str:
     raise UserError(f"{source} holds a model of type '{config['model_type']}' without a head that allmlp knows.")
 
 
-def load(source: str | Path) -> TimmModel:
+def load(
+    source: str | Path,
+    *,
+    img_size: int | tuple[int, int] | None = None,
+    patch_kernel: int | tuple[int, int] | None = None,
+) -> TimmModel:
     """The model of a run directory, ready to use, in eval mode, on the CPU.
 
     Of images it is timm's module; its `pretrained_cfg` says how they are prepared for it and holds the classes' names
@@ -173,17 +178,32 @@ def load(source: str | Path) -> TimmModel:
 
     Args:
         source: A run directory or one of its checkpoints.
+        img_size: Another image size in pixels than the one it was trained at, one number or (height, width); weights
+            that belong to positions are resampled (docs/resolution.md).
+        patch_kernel: Pixels that a patch sees there; the model's own where None.
 
     Raises:
-        UserError: It is no run directory, its architecture is unknown, or config and weights do not match.
+        UserError: It is no run directory, its architecture is unknown, config and weights do not match, or the model
+            cannot take images of that size.
     """
     config = read_config(source)
     if config["model_type"] == LANGUAGE:
-        return load_language(source, config)
-    if config["model_type"] != VISION:
+        model = load_language(source, config)
+    elif config["model_type"] == VISION:
+        model = load_classifier(source, config)
+    else:
         kind = shown(config["model_type"])
         raise UserError(f"{source} holds a model of type {kind}, which allmlp does not know.")
-    return load_classifier(source, config)
+    if img_size is not None or patch_kernel is not None:
+        from allmlp.vision.base import VisionMLP
+
+        if not isinstance(model, VisionMLP):
+            raise UserError(f"{source} holds no image model of allmlp: its image size cannot be changed.")
+        try:
+            model.set_input_size(img_size, patch_kernel=patch_kernel)
+        except ValueError as error:
+            raise UserError(f"{source} cannot take images of this size: {error}") from error
+    return model
 
 
 def load_language(directory: str | Path, config: Mapping[str, Any]) -> Any:

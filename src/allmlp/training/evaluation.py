@@ -88,7 +88,14 @@ def confusion(
 
 
 def evaluate(
-    run: str, data: str | None = None, *, batch_size: int = 256, strict: bool = False, workers: int = 0
+    run: str,
+    data: str | None = None,
+    *,
+    img_size: int | tuple[int, int] | None = None,
+    patch_kernel: int | tuple[int, int] | None = None,
+    batch_size: int = 256,
+    strict: bool = False,
+    workers: int = 0,
 ) -> dict[str, Any]:
     """A run's accuracy on labelled images.
 
@@ -98,6 +105,8 @@ def evaluate(
     Args:
         run: A run directory.
         data: What `allmlp.data.images.read_images` takes; the run's own by default.
+        img_size: As for `run_directory.load`; images are resized to it.
+        patch_kernel: As for `run_directory.load`.
         batch_size: Images per forward pass.
         strict: Raise at an image that cannot be read.
         workers: Processes that prepare images.
@@ -108,7 +117,7 @@ def evaluate(
     Raises:
         UserError: The run or the data cannot be used, or the data has classes that the model does not know.
     """
-    model = load_classifier(run)
+    model = load_classifier(run, img_size, patch_kernel)
     cfg = model.pretrained_cfg
     recipe = recipe_of(run)
     data = data or (recipe.data if recipe else None)
@@ -129,12 +138,22 @@ def evaluate(
     return {"run": str(run), "data": data, "part": part, **accuracy_of(logits, labels, cfg["label_names"])}
 
 
-def predict(run: str, files: Sequence[str], *, top_k: int = 5, strict: bool = False) -> list[dict[str, Any]]:
+def predict(
+    run: str,
+    files: Sequence[str],
+    *,
+    img_size: int | tuple[int, int] | None = None,
+    patch_kernel: int | tuple[int, int] | None = None,
+    top_k: int = 5,
+    strict: bool = False,
+) -> list[dict[str, Any]]:
     """The likeliest classes of image files.
 
     Args:
         run: A run directory.
         files: Image files, and folders of them.
+        img_size: As for `run_directory.load`; images are resized to it.
+        patch_kernel: As for `run_directory.load`.
         top_k: Classes per image.
         strict: Raise at a file that cannot be read.
 
@@ -147,7 +166,7 @@ def predict(run: str, files: Sequence[str], *, top_k: int = 5, strict: bool = Fa
     """
     if top_k < 1:
         raise UserError(f"top_k is {top_k}; it must be at least 1.")
-    model = load_classifier(run)
+    model = load_classifier(run, img_size, patch_kernel)
     cfg = model.pretrained_cfg
     names = [str(path) for path in _files(files)]
     images = LabelledImages(sources=names, labels=np.zeros(len(names), dtype=np.int64), names=names)
@@ -191,16 +210,18 @@ def predictions_text(found: list[dict[str, Any]]) -> str:
     )
 
 
-def load_classifier(run: str) -> TimmModel:
-    """The image classifier of a run directory.
+def load_classifier(
+    run: str, img_size: int | tuple[int, int] | None = None, patch_kernel: int | tuple[int, int] | None = None
+) -> TimmModel:
+    """The image classifier of a run directory, for another image size where one is named.
 
     Raises:
-        UserError: It is no run directory, or one of another task.
+        UserError: It is no run directory, or one of another task, or takes no images of that size.
     """
     kind = run_directory.read_config(run)["model_type"]
     if kind != run_directory.VISION:
         raise UserError(f"{run} holds a model of type '{kind}', not an image classifier.")
-    model = run_directory.load(run)
+    model = run_directory.load(run, img_size=img_size, patch_kernel=patch_kernel)
     if not model.pretrained_cfg.get("label_names"):
         model.pretrained_cfg["label_names"] = [str(index) for index in range(model.num_classes)]
     return model

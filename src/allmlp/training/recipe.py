@@ -103,7 +103,7 @@ class VisionRecipe(Recipe):
     task: ClassVar[str] = "image-classification"
 
     img_size: int | tuple[int, int] | None = option(
-        None, "image size in pixels: 224, or HEIGHTxWIDTH; by default the model's own"
+        None, "image size in pixels: 224, or HEIGHTxWIDTH; by default the model's own, or that of the --from run"
     )
     holdout: float = option(0.2, "share held out, class by class, where the data has no validation split")
     image_column: str | None = option(None, "column of the images in a parquet file or Hub dataset")

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import set_seed
 
-import allmlp.vision  # noqa: F401 registers the architectures with timm
 from allmlp.checkpoints import run_directory
 from allmlp.checkpoints.architecture import PREPARATION, VisionArchitecture
 from allmlp.checkpoints.pretrained import Pretrained, find_pretrained
@@ -27,6 +26,8 @@ from allmlp.training.callbacks import TensorBoard
 from allmlp.training.engine import Engine, chosen_precision, cores, prepare_output, surroundings
 from allmlp.training.evaluation import accuracy_of, evaluation_batches, logits_of
 from allmlp.training.recipe import VisionRecipe
+from allmlp.vision.base import VisionMLP
+from allmlp.vision.resolution import resample_state_dict
 
 _log = logging.getLogger(__name__)
 
@@ -196,7 +197,9 @@ def build_model(
 
 
 def start_from(model: TimmModel, weights: TimmModel, source: str) -> None:
-    """Loads the weights to fine-tune; a classifier for other classes is left out, and that is said.
+    """Loads the weights to fine-tune, resampled to the model's image size.
+
+    A classifier for other classes is left out, and that is said.
 
     Raises:
         UserError: The weights do not match the model otherwise.
@@ -215,6 +218,8 @@ def start_from(model: TimmModel, weights: TimmModel, source: str) -> None:
         )
         state = {name: tensor for name, tensor in state.items() if name not in head}
         state |= {name: fresh[name] for name in head}
+    if isinstance(model, VisionMLP) and isinstance(weights, VisionMLP):
+        state = resample_state_dict(state, model, weights.stem.grid_size)
     run_directory.load_weights(model, state, source)
 
 
