@@ -76,13 +76,13 @@ def check_classifier(config: Mapping[str, Any], path: Path) -> None:
     cfg = config.get("pretrained_cfg")
     _require(path, "pretrained_cfg", cfg, _is_mapping, "settings by name")
     assert isinstance(cfg, Mapping)
-    size = cfg.get("input_size")
+    size: Any = cfg.get("input_size")
     _require(path, "input_size", size, _is_input_size, f"[channels, height, width], each from 1 to {_LARGEST_SIDE}")
     for name in ("mean", "std"):
-        value = cfg.get(name)
+        value: Any = cfg.get(name)
         _require(path, name, value, _is_numbers, "a list of numbers")
-        if len(value) != size[0]:  # type: ignore[index]
-            raise UserError(f"{path}: {name} has {len(value)} numbers for {size[0]} channels.")  # type: ignore[index]
+        if len(value) != size[0]:
+            raise UserError(f"{path}: {name} has {len(value)} numbers for {size[0]} channels.")
     if not all(cfg["std"]):
         raise UserError(f"{path}: std is {shown(cfg['std'])}; it divides the pixels and cannot be 0.")
     _require(path, "crop_pct", cfg.get("crop_pct"), _is_none_or(_is_crop), "a share from 0.1 to 1")

@@ -8,7 +8,7 @@ import argparse
 import mmap
 import re
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ def _read_zip(path: Path) -> Any:
             raise UserError(f"{path} is refused: it has {size:,} bytes and claims to hold {claimed:,}.")
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise UserError(f"{path} is refused: it is compressed, as PyTorch's checkpoints never are.")
-        return _read_torch(path)
+        return _read_torch(path, Counter(entry.file_size for entry in entries if "/data/" in entry.filename))
     if names and all(name.endswith(".npy") for name in names):
         # np.savez_compressed does, but weights barely shrink
         if claimed > max(20 * size, 256 * _MIB):
@@ -116,14 +116,16 @@ def _read_npz(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _read_torch(path: Path) -> Any:
+def _read_torch(path: Path, records: Counter[int] | None = None) -> Any:
+    """What PyTorch saved; of a zip archive the sizes of the records are given, each the data of a tensor."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         # torch would build one of whatever size the file asks for
         if content.find(b"\nbytearray\n") >= 0:
             raise UserError(f"{path} is refused: it holds a bytearray, which may claim any size.")
     try:
+        # mapped, a tensor that claims more than its record reaches into the file, not into other memory
         with torch.serialization.safe_globals([(stand_in, name) for name, stand_in in _PLAIN_CONTAINERS.items()]):
-            contents = torch.load(path, map_location="cpu", weights_only=True)
+            contents = torch.load(path, map_location="cpu", weights_only=True, mmap=records is not None)
     # The bytes drive the unpickler, so a broken file can raise anything.
     except Exception as error:
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -133,14 +135,14 @@ def _read_torch(path: Path) -> Any:
                 "plain container that trainers save. Save the state_dict() alone."
             ) from error
         raise _corrupt(path, error) from error
-    claimed, size = _storage_bytes(contents), path.stat().st_size
-    if claimed > size:
-        raise UserError(f"{path} is refused: it has {size:,} bytes and claims to hold {claimed:,}.")
+    claimed = _storage_bytes(contents)
+    if sum(claimed.elements()) > path.stat().st_size or (records is not None and claimed - records):
+        raise UserError(f"{path} is refused: its tensors claim more data than it holds.")
     return contents
 
 
-def _storage_bytes(contents: Any) -> int:
-    """Bytes of all tensors in containers of any depth, each memory once."""
+def _storage_bytes(contents: Any) -> Counter[int]:
+    """The sizes of all tensors' data in containers of any depth, each memory once."""
     storages: dict[int, int] = {}
     seen: set[int] = set()
     left = [contents]
@@ -158,7 +160,7 @@ def _storage_bytes(contents: Any) -> int:
             left += value
         elif isinstance(value, argparse.Namespace):
             left += vars(value).values()
-    return sum(storages.values())
+    return Counter(filter(None, storages.values()))
 
 
 def _corrupt(path: Path, error: BaseException) -> UserError:
