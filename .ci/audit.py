@@ -6,11 +6,13 @@ Fails where one has a vulnerability that another version fixes. Passes, and says
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 
 def main() -> int:
     """Prints what was found; the exit code."""
-    command = [sys.executable, "-m", "pip_audit", "--skip-editable", "--progress-spinner", "off", "--format", "json"]
+    program = str(Path(sys.executable).with_name("pip-audit"))
+    command = [program, "--skip-editable", "--progress-spinner", "off", "--format", "json"]
     done = subprocess.run(command, text=True, capture_output=True, check=False)  # noqa: S603
     try:
         dependencies = json.loads(done.stdout)["dependencies"]
