@@ -1,6 +1,6 @@
 """Time a token of a causal gMLP with a full window: g-mlp-pytorch, allmlp's cache, GPT-2 with its own, bare products.
 
-    python benchmarks/decoding.py           measures (about four minutes on two cores), writes results/decoding.json
+    python benchmarks/decoding.py           measures (about a minute on two cores), writes results/decoding.json
     python benchmarks/decoding.py --page    puts the results into docs/language.md
 
 8 layers, width 512, d_ffn 2048, 256 tokens of vocabulary, one sequence. allmlp's model has g-mlp-pytorch's weights and
