@@ -1,6 +1,6 @@
 """Masked language modelling: gMLP, aMLP and a BERT of the same size, the same text, masks, steps and optimiser.
 
-    python benchmarks/masked.py TEXT        measures (about a quarter of an hour on two cores), writes results/masked.{json,png}
+    python benchmarks/masked.py TEXT        measures (about 15 minutes on two cores), writes results/masked.{json,png}
     python benchmarks/masked.py --page      puts the results into docs/language.md
 
 The gMLP paper's pretraining scaled down (its section 4 and appendix): 15% of the tokens masked, AdamW with ε 1e-6,
