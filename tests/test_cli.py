@@ -11,9 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import allmlp
+from allmlp import training
 from allmlp.cli import main
+from allmlp.errors import Diverged, Interrupted, TrainingError
 from tests.checkpoints import originals
 from tests.pictures import picture, write_classes
 
@@ -258,14 +261,79 @@ class TestConvert:
         assert f"'{fact}'" in capsys.readouterr().err
 
 
-def test_two_processes_train_one_model(tmp_path: Path) -> None:
-    data, run = str(write_classes(tmp_path / "pictures", each=10)), tmp_path / "run"
+def _two_processes(*program: str, restarts: int = 0) -> "subprocess.CompletedProcess[str]":
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "allmlp"]
-    command = [*launch, "train", data, "--output", str(run), *TINY, "--batch-size", "4", "--ema", "0.9"]
-    done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=240, check=False)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    command = [*launch, "--max-restarts", str(restarts), *program]
+    return subprocess.run(command, env=environment, text=True, capture_output=True, timeout=240, check=False)
+
+
+# The second process is killed; after the restart every process writes down when it began.
+FATEFUL = """
+import os, signal, sys, time
+from pathlib import Path
+
+attempt, rank = os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"]
+Path(sys.argv[1], f"began-{attempt}-{rank}").write_text(str(time.time()))
+
+from allmlp.cli import main
+from allmlp.training.callbacks import Progress
+
+step_end = Progress.on_step_end
+
+def fateful(self, args, state, control, **others):
+    if (attempt, rank, state.global_step) == ("0", "1", 5):
+        Path(sys.argv[1], "killed").write_text(str(time.time()))
+        os.kill(os.getpid(), signal.SIGKILL)
+    step_end(self, args, state, control, **others)
+
+Progress.on_step_end = fateful
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def test_two_processes_train_one_model_though_one_of_them_dies(tmp_path: Path) -> None:
+    data, run = str(write_classes(tmp_path / "pictures", each=10)), tmp_path / "run"
+    command = ["train", data, *TINY, "--batch-size", "4", "--ema", "0.9", "--output"]
+    done = _two_processes("-m", "allmlp", *command, str(run))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("held-out images") == 1
     assert done.stderr.count("epoch   4.0 of 4") == 1
     assert json.loads((run / "metrics.json").read_text())["steps"] == 12
     assert len(list((run / "tensorboard").iterdir())) == 1
+
+    (tmp_path / "fateful.py").write_text(FATEFUL)
+    parts = tmp_path / "parts"
+    done = _two_processes(str(tmp_path / "fateful.py"), str(tmp_path), *command, str(parts), restarts=1)
+    assert done.returncode == 0, done.stderr
+    assert f"allmlp: Lost process 1 of 0 to 1. {parts}/checkpoint-3 holds everything" in done.stderr
+    assert f"going on from {parts}/checkpoint-3" in done.stderr
+    killed, *began = (float((tmp_path / name).read_text()) for name in ("killed", "began-1-0", "began-1-1"))
+    assert max(began) - killed < 60, "all processes have ended within a minute"
+    weights = [load_file(place / "model.safetensors") for place in (run, parts)]
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (Interrupted("Stopped.", by_scheduler=True), 0),
+        (Interrupted("Stopped."), 1),
+        (Diverged("No number."), 1),
+        (TrainingError("No room."), 1),
+    ],
+    ids=["SIGTERM", "Ctrl-C", "diverged", "fault"],
+)
+def test_what_ends_a_training_is_told_once(
+    error: Exception, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*arguments: Any, **settings: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(training, "train", fail)
+    command = ["train", "digits", "--model", "gmlp_nano_patch4_32", "--output", str(tmp_path)]
+    assert main(command) == code
+    assert capsys.readouterr().err == f"allmlp: {error}\n"
+    monkeypatch.setenv("RANK", "1")
+    assert main(command) == code
+    assert capsys.readouterr().err == (f"allmlp: {error}\n" if type(error) is TrainingError else "")

@@ -15,7 +15,7 @@ from typing import Any
 
 from allmlp._version import __version__
 from allmlp.distributed import is_first_process
-from allmlp.errors import Interrupted, UserError
+from allmlp.errors import Diverged, Interrupted, TrainingError, UserError
 from allmlp.training.recipe import RECIPES, Recipe, make_recipe, parse_yaml, read_settings, task_of
 
 DONE, FAILED = 0, 1  # argparse exits with 2 for misuse
@@ -40,7 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
         sys.stdout.flush()
-    except (UserError, Interrupted) as error:
+    except (Interrupted, Diverged) as stop:
+        # it stops every process of a distributed training, and the first one tells
+        if is_first_process():
+            _fail(str(stop))
+        return DONE if isinstance(stop, Interrupted) and stop.by_scheduler else FAILED
+    except (UserError, TrainingError) as error:
         return _fail(str(error))
     except BrokenPipeError:
         # whoever read the answer has seen enough

@@ -1,8 +1,69 @@
-"""Which process of a distributed training this is."""
+"""Which process of a distributed training this is, and what the others say. Torch is loaded where it is needed."""
 
+import functools
 import os
+import time
+from typing import Any
 
 
 def is_first_process() -> bool:
     """Whether this process speaks and writes: the first as torchrun numbers them, or the only one."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def is_restarted() -> bool:
+    """Whether torchrun has started the processes anew (`--max-restarts`) because one of them had died."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
+def largest_anywhere(value: int) -> int:
+    """The largest of the values that the processes of a training give; all of them have to call this together.
+
+    It does not wait for what the accelerators still compute.
+    """
+    import torch
+    from torch import distributed
+
+    if not _several():
+        return value
+    values = torch.tensor(value)
+    distributed.all_reduce(values, distributed.ReduceOp.MAX, group=_processors())
+    return int(values)
+
+
+def missing_processes(patience: float = 5.0) -> list[int]:
+    """A roll call among the processes of a training: the ranks that have not answered after so many seconds."""
+    from torch import distributed
+
+    if not _several():
+        return []
+    # every process answers and counts the answers at the rendezvous, which torchrun's agent keeps alive
+    store: Any = distributed.distributed_c10d._get_default_store()
+    missing = set(range(distributed.get_world_size())) - {distributed.get_rank()}
+    try:
+        store.set(_present(distributed.get_rank()), "")
+        deadline = time.monotonic() + patience
+        while missing and time.monotonic() < deadline:
+            missing -= {rank for rank in missing if store.check([_present(rank)])}
+            time.sleep(0.05)
+    except RuntimeError:
+        # without an agent the first process keeps the rendezvous
+        return [0]
+    return sorted(missing)
+
+
+def _present(rank: int) -> str:
+    return f"allmlp/present/{rank}"
+
+
+def _several() -> bool:
+    from torch import distributed
+
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+@functools.cache
+def _processors() -> Any:
+    from torch import distributed
+
+    return distributed.new_group(backend="gloo")

@@ -13,7 +13,26 @@ class UserError(ValueError):
 
 
 class Interrupted(Exception):
-    """A training was asked to stop and has saved a checkpoint; the message says where, and how to go on."""
+    """A training was asked to stop and has saved a checkpoint; the message says where, and how to go on.
+
+    Attributes:
+        by_scheduler: The wish came as SIGTERM, as schedulers send it: the command line then exits with code 0.
+    """
+
+    def __init__(self, message: str, *, by_scheduler: bool = False):
+        super().__init__(message)
+        self.by_scheduler = by_scheduler
+
+
+class TrainingError(Exception):
+    """A training cannot go on through no fault of its arguments; the message says why, and from where it can.
+
+    The command line prints the message alone and exits with code 1.
+    """
+
+
+class Diverged(TrainingError):
+    """The loss or its gradient is no number; every process of a distributed training says so."""
 
 
 class _Short(reprlib.Repr):

@@ -161,3 +161,46 @@ def test_clearing_removes_a_run_and_nothing_else(saved: tuple[Path, torch.nn.Mod
     (run / "mine.txt").write_text("kept")
     run_directory.clear(run)
     assert [path.name for path in run.iterdir()] == ["mine.txt"]
+
+
+def _write_checkpoint(run: Path, step: int) -> Path:
+    written = run_directory.unfinished_checkpoint(run, step)
+    (written / "shards").mkdir(parents=True)
+    (written / "shards" / "0.bin").write_text(str(step))
+    (written / "trainer_state.json").write_text("{}")
+    return written
+
+
+def test_a_checkpoint_has_its_name_when_it_is_complete(tmp_path: Path) -> None:
+    _write_checkpoint(tmp_path, 3)
+    assert run_directory.checkpoints(tmp_path) == []
+    for _ in range(2):  # the second time in place of the first
+        assert run_directory.publish_checkpoint(tmp_path, 3) == tmp_path / "checkpoint-3"
+        assert (tmp_path / "checkpoint-3" / "shards" / "0.bin").read_text() == "3"
+        assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+        _write_checkpoint(tmp_path, 3)
+    assert run_directory.last_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
+
+
+@pytest.mark.parametrize(
+    ("keep", "best", "kept"),
+    [(2, None, [20, 100]), (1, 3, [3, 100]), (2, 20, [20, 100]), (9, 3, [3, 9, 20, 100])],
+)
+def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path, keep: int, best: int | None, kept: list[int]) -> None:
+    for step in (9, 100, 3, 20):
+        _write_checkpoint(tmp_path, step)
+        run_directory.publish_checkpoint(tmp_path, step)
+    (tmp_path / "checkpoint-best").mkdir()
+    run_directory.rotate_checkpoints(tmp_path, keep, best)
+    assert [run_directory.checkpoint_step(path) for path in run_directory.checkpoints(tmp_path)] == kept
+    assert (tmp_path / "checkpoint-best").is_dir(), "not ours"
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    _write_checkpoint(tmp_path, 3)
+    # what a kill leaves of a file and of a picture
+    (tmp_path / f".model.safetensors.x{run_directory.UNFINISHED}").mkdir()
+    (tmp_path / "report" / f".curves.png.x{run_directory.UNFINISHED}").mkdir(parents=True)
+    (tmp_path / "notes.txt").touch()
+    run_directory.remove_unfinished(tmp_path)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["notes.txt", "report"]

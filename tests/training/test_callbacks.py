@@ -11,7 +11,14 @@ import torch
 from torch import nn
 
 from allmlp.training import callbacks
-from allmlp.training.callbacks import AveragedWeights, DataEpoch, Interruption, Progress, TensorBoard
+from allmlp.training.callbacks import (
+    AveragedWeights,
+    DataEpoch,
+    EvaluationGivenUp,
+    Interruption,
+    Progress,
+    TensorBoard,
+)
 
 
 def _state(**values: Any) -> Any:
@@ -73,30 +80,37 @@ def test_averaged_weights_follow_swap_and_come_back(tmp_path: Path) -> None:
         torch.testing.assert_close(model.weight, start + 0.5)
     torch.testing.assert_close(model.weight, live, rtol=0, atol=0)
 
-    (tmp_path / "checkpoint-7").mkdir()
-    averaged.on_save(types.SimpleNamespace(output_dir=tmp_path), _state(global_step=7), _control())
-    again = AveragedWeights(decay=0.5, resume_from=tmp_path / "checkpoint-7")
+    averaged.save(tmp_path)
+    again = AveragedWeights(decay=0.5, resume_from=tmp_path)
     again.on_train_begin(None, _state(), _control(), model=model)
     with again.swapped(model):
         torch.testing.assert_close(model.weight, start + 0.5)
 
 
-def test_the_first_signal_asks_and_the_second_stops() -> None:
-    interruption = Interruption()
+def test_a_signal_asks_and_a_second_ctrl_c_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(callbacks.time, "monotonic", lambda: now)
+    interruption, control = Interruption(), _control()
     before = signal.getsignal(signal.SIGINT)
     with interruption.listening():
+        interruption.on_step_end(None, _state(), control)
+        interruption.on_prediction_step(None, _state(), control)
+        assert not control.should_training_stop
+        for _ in range(2):  # a launcher passes on what its process has heard already
+            os.kill(os.getpid(), signal.SIGINT)
+        now += 2
         os.kill(os.getpid(), signal.SIGTERM)
-        assert interruption.asked
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
-    control = _control()
-    interruption.on_step_end(None, _state(global_step=3), control)
+    control.should_evaluate = True
+    interruption.on_step_end(None, _state(), control)
+    assert interruption.asked == signal.SIGINT
     assert control.should_save
     assert control.should_training_stop
-    control = _control()
-    interruption.on_step_end(None, _state(global_step=10), control)
-    assert not control.should_training_stop, "the last step ends by itself"
+    assert not control.should_evaluate
+    with pytest.raises(EvaluationGivenUp):
+        interruption.on_prediction_step(None, _state(), control)
 
 
 def test_a_model_that_cannot_be_traced_still_trains(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -26,6 +26,8 @@ from allmlp.errors import UserError, nearest, shown
 
 CONFIG, WEIGHTS, RECIPE, METRICS, REPORT = "config.json", "model.safetensors", "recipe.yaml", "metrics.json", "report"
 CHECKPOINT = "checkpoint-"
+UNFINISHED = ".unfinished"
+FAULTS = "nan.jsonl"
 VISION, LANGUAGE = "timm_wrapper", "gmlp"
 # What a run of each kind of model does, by transformers' names of tasks.
 _LANGUAGE_TASKS = {
@@ -44,9 +46,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """A temporary path beside `path` that becomes `path` when the block ends well, and vanishes when it does not."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=UNFINISHED) as folder:
         temporary = Path(folder) / path.name
         yield temporary
+        _to_disk(temporary)
         os.replace(temporary, path)
 
 
@@ -124,10 +127,12 @@ def save_language(directory: str | Path, model: Any, tokenizer: Any = None) -> N
         # it would be saved with the padding and the length of the last call
         tokenizer.backend_tokenizer.no_padding()
         tokenizer.backend_tokenizer.no_truncation()
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".") as temporary:
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".", suffix=UNFINISHED) as temporary:
         for part in (model, tokenizer):
             if part is not None:
                 part.save_pretrained(temporary)
+        for path in Path(temporary).iterdir():
+            _to_disk(path)
         # the configuration last, which makes it a run directory
         for path in sorted(Path(temporary).iterdir(), key=lambda path: path.name == CONFIG):
             os.replace(path, directory / path.name)
@@ -338,20 +343,100 @@ def check_shapes(
 
 def last_checkpoint(directory: str | Path, needed: Sequence[str] = ("trainer_state.json",)) -> Path | None:
     """The newest checkpoint in a run directory that holds all the files needed, if there is one."""
-    complete = [
-        path
-        for path in Path(directory).glob(f"{CHECKPOINT}*")
-        if path.name.removeprefix(CHECKPOINT).isdigit() and all((path / name).is_file() for name in needed)
-    ]
-    return max(complete, key=lambda path: int(path.name.removeprefix(CHECKPOINT)), default=None)
+    complete = [path for path in checkpoints(directory) if all((path / name).is_file() for name in needed)]
+    return complete[-1] if complete else None
+
+
+def unfinished_checkpoint(directory: str | Path, step: int) -> Path:
+    """Where the checkpoint of a step is written until it is complete."""
+    return Path(directory) / UNFINISHED / f"{CHECKPOINT}{step}"
+
+
+def publish_checkpoint(directory: str | Path, step: int) -> Path:
+    """Gives a complete checkpoint its name, in one move that a crash cannot cut in two.
+
+    Args:
+        directory: The run directory.
+        step: The optimiser step; the checkpoint lies where `unfinished_checkpoint` says.
+
+    Returns:
+        The checkpoint.
+    """
+    written = unfinished_checkpoint(directory, step)
+    checkpoint = Path(directory) / written.name
+    for path in [*written.rglob("*"), written]:
+        _to_disk(path)
+    if checkpoint.exists():
+        _remove_at_once(checkpoint)
+    os.replace(written, checkpoint)
+    _to_disk(checkpoint.parent)
+    _remove_if_empty(written.parent)
+    return checkpoint
+
+
+def rotate_checkpoints(directory: str | Path, keep: int, best: int | None = None) -> None:
+    """Removes all checkpoints but the newest and the best, each of them at once.
+
+    Args:
+        directory: The run directory.
+        keep: How many of the newest stay.
+        best: The step of the one that stays in any case.
+    """
+    for checkpoint in checkpoints(directory)[:-keep]:
+        if checkpoint_step(checkpoint) != best:
+            _remove_at_once(checkpoint)
+
+
+def checkpoints(directory: str | Path) -> list[Path]:
+    """The checkpoints in a run directory, by their steps."""
+    found = [path for path in Path(directory).glob(f"{CHECKPOINT}*") if path.name.removeprefix(CHECKPOINT).isdigit()]
+    return sorted(found, key=checkpoint_step)
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """The optimiser step after which a checkpoint was saved."""
+    return int(checkpoint.name.removeprefix(CHECKPOINT))
+
+
+def remove_unfinished(directory: str | Path) -> None:
+    """Removes what was being written, or being removed, when a former run ended all of a sudden."""
+    for place in (Path(directory), Path(directory) / REPORT):
+        for path in place.glob(f"*{UNFINISHED}"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _remove_at_once(checkpoint: Path) -> None:
+    # it loses its name first, since files vanish one by one
+    grave = checkpoint.with_name(UNFINISHED) / f"{checkpoint.name}.removed"
+    grave.parent.mkdir(exist_ok=True)
+    os.replace(checkpoint, grave)
+    shutil.rmtree(grave)
+    _remove_if_empty(grave.parent)
+
+
+def _remove_if_empty(directory: Path) -> None:
+    with contextlib.suppress(OSError):
+        directory.rmdir()
+
+
+def _to_disk(path: Path) -> None:
+    """Waits until a file, or a directory's list of names, is on the disk itself."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def clear(directory: str | Path) -> None:
     """Removes what a former run left in its directory, and nothing else."""
     directory = Path(directory)
+    remove_unfinished(directory)
     for path in [*directory.glob(f"{CHECKPOINT}*"), directory / REPORT, directory / "tensorboard"]:
         shutil.rmtree(path, ignore_errors=True)
-    for name in (CONFIG, WEIGHTS, RECIPE, METRICS):
+    for name in (CONFIG, WEIGHTS, RECIPE, METRICS, FAULTS):
         (directory / name).unlink(missing_ok=True)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import transforms
 
+from allmlp.data import NAMES
 from allmlp.data.images import IMAGE_MODES
 from allmlp.data.labelled_images import PIXEL_LIMIT, LabelledImages, UnreadableImage, decode
 from allmlp.errors import UserError
@@ -28,10 +29,10 @@ ImageTransform = Any
 class ImageBatches(Dataset):
     """A data set whose batch is made in one go.
 
-    `__getitems__(indices)` gives `{"pixel_values": Float[B, C, H, W], "labels": Int[B]}`; where images are mixed, the
-    labels are `Float[B, classes]`. What is random about it depends on the seed, the epoch and the batch's first index
-    alone: not on the number of worker processes, and not on what happened before, so that a resumed training sees the
-    same pixels as one that was never interrupted.
+    `__getitems__(indices)` gives `{"pixel_values": Float[B, C, H, W], "labels": Int[B], "names": list[str]}`; where
+    images are mixed, the labels are `Float[B, classes]`. What is random about it depends on the seed, the epoch and the
+    batch's first index alone: not on the number of worker processes, and not on what happened before, so that a resumed
+    training sees the same pixels as one that was never interrupted.
 
     Args:
         images: The images and their classes.
@@ -41,6 +42,7 @@ class ImageBatches(Dataset):
         mix: mixup and cutmix, drawn once per batch; a batch of odd length stays as it is.
         erase: Erases rectangles of the normalised images.
         seed: Seed of the augmentation; None leaves the random state alone, for a transform without chance.
+        strict: Raise at an image found broken, instead of making its batch without it.
     """
 
     def __init__(
@@ -53,8 +55,10 @@ class ImageBatches(Dataset):
         mix: Mixup | None = None,
         erase: RandomErasing | None = None,
         seed: int | None = None,
+        strict: bool = False,
     ):
         self.images, self.transform, self.mix, self.erase, self.seed = images, transform, mix, erase, seed
+        self.strict = strict
         self.mode = IMAGE_MODES[len(mean)]
         self.shift = 255 * torch.tensor(mean).view(-1, 1, 1)
         self.scale = 1 / (255 * torch.tensor(std).view(-1, 1, 1))
@@ -73,17 +77,18 @@ class ImageBatches(Dataset):
         """Names of the images found broken while they were decoded; their batches went without them."""
         return [self.images.names[index] for index in self.broken.nonzero().flatten().tolist()]
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         return {name: value[0] for name, value in self.__getitems__([index]).items()}
 
-    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Any]:
         random_state = contextlib.nullcontext() if self.seed is None else _seeded(self.seed, self.epoch, indices[0])
         with random_state:
-            pixels, labels = [], []
+            pixels, labels, names = [], [], []
             for index in indices:
                 with contextlib.suppress(UnreadableImage):
                     pixels.append(self._pixels(int(index)))
                     labels.append(int(self.images.labels[index]))
+                    names.append(self.images.names[index])
             if not pixels:
                 raise UserError(f"A whole batch cannot be read; the first of it: {self.images.names[indices[0]]}.")
             x_BCHW, targets = self.normalised(torch.stack(pixels)), torch.tensor(labels)
@@ -91,7 +96,7 @@ class ImageBatches(Dataset):
                 x_BCHW, targets = self.mix(x_BCHW, targets)
             if self.erase is not None:
                 x_BCHW = self.erase(x_BCHW)
-            return {"pixel_values": x_BCHW, "labels": targets}
+            return {"pixel_values": x_BCHW, "labels": targets, NAMES: names}
 
     def normalised(self, pixels: UInt8[Tensor, "*batch c h w"]) -> Float[Tensor, "*batch c h w"]:
         """(pixels / 255 - mean) / std."""
@@ -100,8 +105,10 @@ class ImageBatches(Dataset):
     def _pixels(self, index: int) -> UInt8[Tensor, "c h w"]:
         try:
             return self.transform(decode(self.images.sources[index], self.mode))
-        except UnreadableImage:
+        except UnreadableImage as error:
             self.broken[index] = True
+            if self.strict:
+                raise UserError(f"{self.images.names[index]} cannot be read as an image: {error}") from error
             raise
 
 

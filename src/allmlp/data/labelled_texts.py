@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
+from allmlp.data import NAMES
 from allmlp.data.text_sources import Documents, read_tables, text_and_label
 from allmlp.errors import UserError
 
@@ -106,7 +106,7 @@ def load_labelled_texts(
 
 
 class TextBatches(Dataset):
-    """Labelled texts as batches: `{"input_ids", "attention_mask", "labels"}`, padded to the longest.
+    """Labelled texts as batches: `{"input_ids", "attention_mask", "labels", "names"}`, padded to the longest.
 
     Args:
         texts: the texts and their classes.
@@ -120,10 +120,10 @@ class TextBatches(Dataset):
     def __len__(self) -> int:
         return len(self.texts)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         return self.__getitems__([index])
 
-    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+    def __getitems__(self, indices: list[int]) -> dict[str, Any]:
         chosen = self.texts.subset(indices)
         # An empty text is a text too: one end-of-text token.
         texts = [text or self.tokenizer.eos_token for text in chosen.texts]
@@ -135,4 +135,4 @@ class TextBatches(Dataset):
             return_tensors="pt",
             return_token_type_ids=False,
         )
-        return {**batch, "labels": torch.from_numpy(chosen.labels)}
+        return {**batch, "labels": torch.from_numpy(chosen.labels), NAMES: [text[:60] for text in texts]}

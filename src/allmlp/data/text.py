@@ -12,6 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from allmlp.data import NAMES
 from allmlp.data.text_sources import find_texts
 from allmlp.data.tokenization import Tokens, encode, make_tokenizer
 from allmlp.errors import UserError
@@ -94,9 +95,9 @@ class Masking:
 class TokenWindows(Dataset):
     """Consecutive windows of a text.
 
-    `__getitems__(indices)` gives a batch, `{"input_ids": Int[B, N], "labels": Int[B, N]}`. Labels are the next tokens,
-    under `shift_labels` too, which tells transformers' loss that they are shifted already, so that the window's last
-    token predicts the first of the next one; or with `masking` the tokens that were replaced.
+    `__getitems__(indices)` gives a batch, `{"input_ids": Int[B, N], "labels": Int[B, N], "names": list[str]}`. Labels
+    are the next tokens, under `shift_labels` too, which tells transformers' loss that they are shifted already, so that
+    the window's last token predicts the first of the next one; or with `masking` the tokens that were replaced.
 
     For training (with a seed) the text is a ring, and every epoch's windows begin elsewhere: each epoch takes every
     token at least once, in windows that are all full. For evaluation the last window may be short; it is filled up with
@@ -145,10 +146,10 @@ class TokenWindows(Dataset):
     def __len__(self) -> int:
         return 1 + max(0, -(-(self.positions - self.context) // self.stride))
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         return self.__getitems__([index])
 
-    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+    def __getitems__(self, indices: list[int]) -> dict[str, Any]:
         places = np.asarray(indices)[:, None] * self.stride + np.arange(self.context) + self.offset
         missing = torch.from_numpy(places >= self.positions) if self.seed is None else None
         places %= self.positions
@@ -158,7 +159,8 @@ class TokenWindows(Dataset):
         else:
             masked = [self.masking.apply(row, self._chance(index)) for row, index in zip(ids, indices, strict=True)]
             ids, labels = (torch.stack(rows) for rows in zip(*masked, strict=True))
-        batch = {"input_ids": ids, "labels": labels}
+        names = [f"tokens {row[0]:,} to {row[-1]:,} of the text" for row in places]
+        batch: dict[str, Any] = {"input_ids": ids, "labels": labels, NAMES: names}
         if missing is not None and missing.any():
             batch |= {"labels": labels.masked_fill(missing, IGNORED), "attention_mask": (~missing).long()}
         for row, index in enumerate(indices):

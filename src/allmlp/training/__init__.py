@@ -33,8 +33,12 @@ def train(recipe: Recipe, output: str | Path, *, resume: bool = False, overwrite
     Raises:
         UserError: Data, model or run directory cannot be used.
         Interrupted: It was asked to stop and has saved a checkpoint.
+        TrainingError: The loss is no number, a process died, or the disk is full.
     """
-    return import_module(_TRAINERS[recipe.task]).train(recipe, output, resume=resume, overwrite=overwrite)
+    from allmlp.training.faults import explained
+
+    with explained(output):
+        return import_module(_TRAINERS[recipe.task]).train(recipe, output, resume=resume, overwrite=overwrite)
 
 
 def summary(metrics: dict[str, Any], output: str | Path) -> str:

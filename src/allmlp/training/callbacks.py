@@ -20,8 +20,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
-from allmlp.checkpoints.run_directory import CHECKPOINT, atomic_path
-from allmlp.distributed import is_first_process
+from allmlp.distributed import is_first_process, largest_anywhere
 
 _log = logging.getLogger(__name__)
 
@@ -136,12 +135,10 @@ class AveragedWeights(TrainerCallback):
         assert self.average is not None
         self.average.update(model, step=state.global_step)
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            assert self.average is not None
-            checkpoint = Path(args.output_dir) / f"{CHECKPOINT}{state.global_step}"
-            with atomic_path(checkpoint / EMA_WEIGHTS) as temporary:
-                save_model(self.average.module, str(temporary))
+    def save(self, checkpoint: Path) -> None:
+        """Writes the average into a checkpoint."""
+        assert self.average is not None
+        save_model(self.average.module, str(checkpoint / EMA_WEIGHTS))
 
     @torch.no_grad()
     def swap(self, model: nn.Module) -> None:
@@ -174,7 +171,7 @@ class TensorBoard(TensorBoardCallback):
         resumed_at: The step from which older events are void.
     """
 
-    def __init__(self, directory: Path, module: nn.Module, example: Tensor, resumed_at: int | None = None):
+    def __init__(self, directory: Path, module: nn.Module, example: Tensor, resumed_at: int = 0):
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(directory), purge_step=resumed_at) if is_first_process() else None
@@ -200,49 +197,67 @@ class TensorBoard(TensorBoardCallback):
 
 
 class Interruption(TrainerCallback):
-    """Ends training at the next step with a checkpoint when the process is asked to stop (Ctrl-C or SIGTERM).
+    """Ends training at the next step with a checkpoint when a process of it is asked to stop (Ctrl-C or SIGTERM).
 
     Attributes:
-        asked: Whether it has been.
+        asked: The signal by which any of the processes has been asked, as far as they have told each other; else 0.
     """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked = self.heard = 0
+        self.since = 0.0
         self.process = os.getpid()
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Inside the block the first signal asks for an orderly end, the second one ends at once."""
+        """Inside the block a signal asks for an orderly end; a second Ctrl-C ends at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         signals = (signal.SIGINT, signal.SIGTERM)
-        former = {number: signal.signal(number, self._ask) for number in signals}
+        former = {number: signal.signal(number, self._hear) for number in signals}
         try:
             yield
         finally:
             for number, handler in former.items():
                 signal.signal(number, handler)
 
-    def _ask(self, number: int, frame: Any) -> None:
+    def _hear(self, number: int, frame: Any) -> None:
         if os.getpid() != self.process:
             # a process that prepares data inherits this; it ends when it is told to, not at Ctrl-C
             if number == signal.SIGTERM:
                 sys.exit()
             return
-        if self.asked:
+        if not self.heard:
+            self.heard, self.since = number, time.monotonic()
+            again = "; Ctrl-C once more stops at once" if number == signal.SIGINT else ""
+            _log.warning("stopping after this step and saving a checkpoint%s", again)
+        # launchers pass on what their processes have heard already
+        elif number == signal.SIGINT and time.monotonic() - self.since > 1:
             raise KeyboardInterrupt
-        self.asked = True
-        _log.warning("stopping after this step and saving a checkpoint; once more stops at once")
+
+    def _ask(self) -> bool:
+        # one process may have heard a signal that another has not yet
+        self.asked = largest_anywhere(self.heard)
+        return bool(self.asked)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.asked and state.global_step < state.max_steps:
+        if self._ask():
+            # the time until a scheduler loses patience is for saving
             control.should_evaluate = False
             control.should_save = True
             control.should_training_stop = True
 
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._ask():
+            raise EvaluationGivenUp
+
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.asked and state.global_step < state.max_steps:
+        if self.asked:
             # the checkpoint is there already
             control.should_evaluate = False
             control.should_save = False
+
+
+class EvaluationGivenUp(Exception):
+    """An evaluation in the middle of a training ended early, since the training is asked to stop."""

@@ -3,26 +3,40 @@
 import logging
 import os
 import platform
+import signal
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 import transformers
-from torch import nn
+import yaml
+from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from allmlp._version import __version__
 from allmlp.checkpoints import run_directory
-from allmlp.distributed import is_first_process
+from allmlp.data import NAMES
+from allmlp.distributed import is_first_process, is_restarted
 from allmlp.errors import Interrupted, UserError
-from allmlp.training.callbacks import EMA_WEIGHTS, AveragedWeights, DataEpoch, Interruption, Progress
-from allmlp.training.recipe import Recipe, recipe_to_yaml
+from allmlp.training.callbacks import (
+    EMA_WEIGHTS,
+    AveragedWeights,
+    DataEpoch,
+    EvaluationGivenUp,
+    Interruption,
+    Progress,
+)
+from allmlp.training.faults import Divergence, Step, way_on
+from allmlp.training.recipe import Recipe, read_settings, recipe_to_yaml
 
 _log = logging.getLogger(__name__)
+
+STATE = "trainer_state.json"
 
 
 class Engine(Trainer):
@@ -54,9 +68,12 @@ class Engine(Trainer):
         callbacks: Sequence[Any] = (),
         **others: Any,
     ):
-        arguments = training_arguments(recipe, output, workers)
-        self.resume_from = resume_from
+        arguments = training_arguments(recipe, output, workers, "accuracy" if others.get("compute_metrics") else "loss")
+        self.resume_from, self.keep = resume_from, recipe.keep
         self.interruption = Interruption()
+        self.divergence = Divergence(output, skip=recipe.nan == "skip")
+        self.batches: list[tuple[Tensor, list[str]]] = []
+        self.place = str(output)
         per_step = recipe.batch_size * recipe.accumulate * arguments.world_size * per_example
         self.progress = Progress(unit, per_step)
         self.averaged = AveragedWeights(recipe.ema, resume_from) if recipe.ema else None
@@ -85,33 +102,122 @@ class Engine(Trainer):
 
         Raises:
             Interrupted: It was asked to stop and has saved a checkpoint.
+            Diverged: The loss or its gradient is no number.
         """
         with self.interruption.listening():
             self.train(resume_from_checkpoint=str(self.resume_from) if self.resume_from else None)
-        if self.state.global_step < self.state.max_steps:
+        if self.interruption.asked or self.state.global_step < self.state.max_steps:
             raise Interrupted(
                 f"Stopped after step {self.state.global_step:,} of {self.state.max_steps:,}. "
-                f"{self.args.output_dir}/{run_directory.CHECKPOINT}{self.state.global_step} holds everything; "
-                f"go on with: allmlp train --resume --output {self.args.output_dir}"
+                f"{way_on(str(self.args.output_dir))}",
+                by_scheduler=self.interruption.asked == signal.SIGTERM,
             )
         if self.averaged:
             self.averaged.swap(self._weights())
+
+    @property
+    def course(self) -> dict[str, Any]:
+        """How the training went, for a run's metrics: `history`, the `best` checkpoint, the `skipped_steps`."""
+        logged = self.state.log_history
+        kept = [entry for entry in logged if "loss" in entry or "eval_loss" in entry]
+        return {
+            "best": {
+                "checkpoint": f"{run_directory.CHECKPOINT}{self.state.best_global_step}",
+                self.args.metric_for_best_model: self.state.best_metric,
+            },
+            "skipped_steps": [entry["step"] for entry in logged if "skipped" in entry],
+            "history": [
+                {key: value for key, value in entry.items() if "runtime" not in key and "per_second" not in key}
+                for entry in kept
+            ],
+        }
 
     def _weights(self) -> nn.Module:
         assert self.model is not None
         return self.model
 
     def evaluate(self, *arguments: Any, **settings: Any) -> dict[str, float]:
-        """The Trainer's evaluation, of the averaged weights where there are any."""
+        """The Trainer's evaluation, of the averaged weights where there are any; it leaves no trace in the training."""
         self.progress.pause()
-        if self.averaged is None or not self.is_in_train:
-            return super().evaluate(*arguments, **settings)
-        with self.averaged.swapped(self._weights()):
+        self.divergence.look()
+        averaged = self.averaged.swapped(self._weights()) if self.averaged and self.is_in_train else nullcontext()
+        # a resumed training may not have had this evaluation, which draws a seed for its loader
+        with averaged, torch.random.fork_rng(devices=[]):
             return super().evaluate(*arguments, **settings)
 
+    def training_step(self, model: Any, inputs: dict[str, Any], *arguments: Any, **settings: Any) -> Tensor:
+        """The Trainer's step on one batch, remembered until its gradient has been looked at."""
+        names = inputs.pop(NAMES, [])
+        loss = super().training_step(model, inputs, *arguments, **settings)
+        self.batches.append((loss, names))
+        return loss
 
-def training_arguments(recipe: Recipe, output: Path, workers: int = 0) -> TrainingArguments:
-    """The recipe in the Trainer's terms."""
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *arguments: Any, **settings: Any) -> Any:
+        """The Trainer's prediction of one batch, whose examples' names the model does not take."""
+        unnamed = {name: value for name, value in inputs.items() if name != NAMES}
+        return super().prediction_step(model, unnamed, *arguments, **settings)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        losses, names = zip(*self.batches, strict=True)
+        self.batches = []
+        number = self.state.global_step + 1
+        rate = self._get_learning_rate()
+        step = Step(number=number, learning_rate=rate, norm=norm, losses=losses, names=names)
+        self.divergence.steps.append(step)
+        # what is computed on the processor needs no waiting for
+        due = self.divergence.skip or norm.device.type == "cpu" or number % self.args.logging_steps == 0
+        if due and self.divergence.look():
+            # without gradients the optimiser leaves weights and moments as they are
+            model.zero_grad()
+            self.state.log_history.append({"step": number, "skipped": True})
+            return torch.zeros_like(norm)
+        return norm
+
+    def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, model: Any, trial: Any, *others: Any, **more: Any):
+        try:
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *others, **more)
+        except EvaluationGivenUp:
+            self._save_checkpoint(model, trial)
+            self.control.should_training_stop = True
+
+    def _run_epoch(self, *arguments: Any, **settings: Any) -> None:
+        # a training that was killed after its last step would take one more
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*arguments, **settings)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self.place
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """The Trainer's checkpoint with the averaged weights: it gets its name when it is complete."""
+        self.divergence.look()
+        output, step = Path(str(self.args.output_dir)), self.state.global_step
+        unfinished = run_directory.unfinished_checkpoint(output, step)
+        self.place = str(unfinished.parent)
+        try:
+            super()._save_checkpoint(model, trial)
+            if self.is_world_process_zero():
+                if self.averaged:
+                    self.averaged.save(unfinished)
+                if self.state.best_global_step:
+                    best = f"{run_directory.CHECKPOINT}{self.state.best_global_step}"
+                    self.state.best_model_checkpoint = str(output / best)
+                self.state.save_to_json(str(unfinished / STATE))
+            self.accelerator.wait_for_everyone()
+            if self.is_world_process_zero():
+                run_directory.publish_checkpoint(output, step)
+                run_directory.rotate_checkpoints(output, self.keep, self.state.best_global_step)
+        except BaseException:
+            if self.is_world_process_zero():
+                run_directory.remove_unfinished(output)
+            raise
+        finally:
+            self.place = str(output)
+
+
+def training_arguments(recipe: Recipe, output: Path, workers: int = 0, best: str = "loss") -> TrainingArguments:
+    """The recipe in the Trainer's terms; `best` is the measure by which an evaluation is the best one."""
     on_cpu = not torch.accelerator.is_available()
     rhythm: dict[str, Any] = {"eval_strategy": "epoch", "save_strategy": "epoch"}
     if recipe.eval_every:
@@ -137,9 +243,10 @@ def training_arguments(recipe: Recipe, output: Path, workers: int = 0) -> Traini
         torch_compile=recipe.compile,
         seed=recipe.seed,
         logging_steps=recipe.log_every,
-        # a diverging loss is shown, and no step waits for the accelerator to look at it
-        logging_nan_inf_filter=False,
-        save_total_limit=recipe.keep,
+        # whoever looks at each loss waits for the accelerator, as a training that may skip steps does anyway
+        logging_nan_inf_filter=recipe.nan == "skip",
+        metric_for_best_model=best,
+        greater_is_better=best != "loss",
         dataloader_num_workers=workers,
         dataloader_pin_memory=not on_cpu,
         ddp_find_unused_parameters=False,
@@ -173,12 +280,13 @@ def prepare_output(output: Path, recipe: Recipe, *, resume: bool, overwrite: boo
         overwrite: Remove a former run in it.
 
     Returns:
-        The checkpoint to go on from, if any.
+        The checkpoint to go on from, if any: processes that torchrun has started anew always go on.
 
     Raises:
         UserError: It holds a run, and neither is asked for.
     """
-    former = [*output.glob(f"{run_directory.CHECKPOINT}*"), *output.glob(run_directory.CONFIG)]
+    resume = resume or is_restarted()
+    former = [*run_directory.checkpoints(output), *output.glob(run_directory.CONFIG)]
     if former and not resume and not overwrite:
         raise UserError(
             f"{output} holds a run already. Choose another --output, go on with it (--resume), "
@@ -186,16 +294,28 @@ def prepare_output(output: Path, recipe: Recipe, *, resume: bool, overwrite: boo
         )
     checkpoint = None
     if resume:
-        needed = ("trainer_state.json", *((EMA_WEIGHTS,) if recipe.ema else ()))
+        needed = (STATE, *((EMA_WEIGHTS,) if recipe.ema else ()))
         checkpoint = run_directory.last_checkpoint(output, needed)
         _log.info("going on from %s", checkpoint) if checkpoint else _log.warning(
             "%s has no complete checkpoint to go on from: starting at the beginning", output
         )
     if is_first_process():
+        run_directory.remove_unfinished(output)
         if overwrite and not resume:
             run_directory.clear(output)
+        if checkpoint:
+            _warn_of_changes(output, recipe)
         run_directory.write_text(output / run_directory.RECIPE, recipe_to_yaml(recipe))
     return checkpoint
+
+
+def _warn_of_changes(output: Path, recipe: Recipe) -> None:
+    """Says which hyper-parameters a resumed run does not share with its beginning."""
+    if (output / run_directory.RECIPE).is_file():
+        former, now = read_settings(output / run_directory.RECIPE), yaml.safe_load(recipe_to_yaml(recipe))
+        changes = [f"{name} {former.get(name)} → {value}" for name, value in now.items() if former.get(name) != value]
+        if changes:
+            _log.warning("this is not the run that stopped: %s", ", ".join(changes))
 
 
 def surroundings() -> dict[str, Any]:

@@ -273,7 +273,7 @@ def _engine(
     resume_from: Path | None,
     **settings: Any,
 ) -> Engine:
-    resumed_at = int(resume_from.name.removeprefix(run_directory.CHECKPOINT)) if resume_from else None
+    resumed_at = run_directory.checkpoint_step(resume_from) if resume_from else 0
     board = TensorBoard(output / "tensorboard", _Logits(model), held_out[0]["input_ids"], resumed_at)
     return Engine(
         recipe,
@@ -319,11 +319,7 @@ def _common_metrics(recipe: LanguageRecipe, engine: Engine, model: Any, unit: st
         "parameters": model.num_parameters(),
         "precision": "bf16" if engine.args.bf16 else "fp32",
         "surroundings": surroundings(),
-        "history": [
-            {key: value for key, value in entry.items() if "runtime" not in key and "per_second" not in key}
-            for entry in engine.state.log_history
-            if "loss" in entry or "eval_loss" in entry
-        ],
+        **engine.course,
     }
 
 

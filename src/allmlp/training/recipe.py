@@ -68,7 +68,8 @@ class Recipe:
     ema: float = option(0.0, "decay of the averaged weights, evaluated and kept in place of the last ones; 0: off")
 
     eval_every: int = option(0, "optimiser steps between evaluations, each with a checkpoint; 0: every epoch")
-    keep: int = option(2, "checkpoints to keep")
+    keep: int = option(2, "newest checkpoints to keep; the best one is kept besides")
+    nan: str = option("stop", "at a gradient that is no number: stop, or skip the step", choices=("stop", "skip"))
     log_every: int = option(10, "optimiser steps between two points of the training curve")
     precision: str = option(
         "auto", "auto: bf16 where the device computes in it, else fp32", choices=("auto", "bf16", "fp32")

@@ -103,7 +103,7 @@ def train(recipe: VisionRecipe, output: str | Path, *, resume: bool = False, ove
         len(data.classes),
         chosen_precision(recipe.precision),
     )
-    resumed_at = int(resume_from.name.removeprefix(run_directory.CHECKPOINT)) if resume_from else None
+    resumed_at = run_directory.checkpoint_step(resume_from) if resume_from else 0
     engine = VisionEngine(
         recipe,
         output,
@@ -244,7 +244,16 @@ def training_batches(recipe: VisionRecipe, data: ImageData, cfg: dict[str, Any])
         color_jitter=recipe.color_jitter,
         auto_augment=recipe.auto_augment,
     )
-    return ImageBatches(data.train, transform, mean=cfg["mean"], std=cfg["std"], mix=mix, erase=erase, seed=recipe.seed)
+    return ImageBatches(
+        data.train,
+        transform,
+        mean=cfg["mean"],
+        std=cfg["std"],
+        mix=mix,
+        erase=erase,
+        seed=recipe.seed,
+        strict=recipe.strict,
+    )
 
 
 def parameter_groups(model: TimmModel, recipe: VisionRecipe) -> list[dict[str, Any]]:
@@ -302,11 +311,7 @@ def _finish(
         "precision": "bf16" if engine.args.bf16 else "fp32",
         "unreadable_images": unreadable,
         "surroundings": surroundings(),
-        "history": [
-            {key: value for key, value in entry.items() if "runtime" not in key and "per_second" not in key}
-            for entry in engine.state.log_history
-            if "loss" in entry or "eval_loss" in entry
-        ],
+        **engine.course,
     }
     pictures = report.write(output / run_directory.REPORT, metrics["history"], logits, labels, held_out, model)
     metrics["pictures"] = [str(path.relative_to(output)) for path in pictures]
