@@ -11,6 +11,7 @@ import pytest
 
 from allmlp.data import image_sources
 from allmlp.data.labelled_images import UnreadableImage, decode
+from allmlp.data.text_sources import find_texts
 from allmlp.errors import UserError
 from tests.pictures import COLOURS, picture, write_classes
 
@@ -135,6 +136,18 @@ def test_rows_without_a_class_are_refused(tmp_path: Path) -> None:
     _write(tmp_path / "table.parquet", rows, TYPED)
     with pytest.raises(UserError, match=r"Split 'train' .* labels that are no class: -1"):
         image_sources.find(str(tmp_path / "table.parquet"))
+
+
+def test_a_shard_that_breaks_off_is_named(tmp_path: Path) -> None:
+    shards = [tmp_path / f"train-0000{number}.parquet" for number in range(3)]
+    for shard in shards:
+        _write(shard, _rows(3), TYPED)
+    content = shards[1].read_bytes()
+    shards[1].write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=f"^{shards[1]} cannot be read as parquet: "):
+        image_sources.find(str(tmp_path))
+    with pytest.raises(UserError, match=f"^{shards[1]} cannot be read as text: "):
+        find_texts(str(tmp_path))
 
 
 def test_a_file_that_is_not_parquet_is_refused(tmp_path: Path) -> None:

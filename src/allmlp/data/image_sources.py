@@ -1,7 +1,7 @@
 """Where labelled images lie: one function per kind of place, each giving the classes and the splits."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,8 @@ def table(files: Mapping[str, Sequence[str]], data: str, image_column: str | Non
         loaded = datasets.load_dataset("parquet", data_files={name: list(paths) for name, paths in files.items()})
     except Exception as error:
         cause = error.__cause__ or error
-        raise UserError(f"{data} cannot be read as parquet: {str(cause).strip().splitlines()[0]}") from error
+        broken = broken_shard(path for paths in files.values() for path in paths) or data
+        raise UserError(f"{broken} cannot be read as parquet: {str(cause).strip().splitlines()[0]}") from error
     return _from_tables(loaded, data, image_column, label_column)
 
 
@@ -208,6 +209,19 @@ def parquet_splits(path: Path) -> dict[str, list[str]]:
     if not named["train"]:
         return {"train": [str(file) for file in files]} if files else {}
     return {split: members for split, members in named.items() if members}
+
+
+def broken_shard(files: Iterable[str | Path]) -> str | Path | None:
+    """The first parquet file without its end, where a table says what lies where; None where all of them have it."""
+    from pyarrow import parquet
+
+    for file in files:
+        try:
+            parquet.read_metadata(file)
+        # whatever is wrong with it, it is this one
+        except Exception:
+            return file
+    return None
 
 
 def _class_folders(root: Path) -> list[str]:

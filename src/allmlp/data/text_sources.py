@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from allmlp.data.image_sources import TRAIN_NAMES, VALIDATION_NAMES, parquet_splits
+from allmlp.data.image_sources import TRAIN_NAMES, VALIDATION_NAMES, broken_shard, parquet_splits
 from allmlp.errors import UserError
 
 STDLIB = "python-stdlib"
@@ -184,7 +184,8 @@ def read_tables(data: str) -> dict[str, Any]:
     # datasets, the Hub's client and the readers each have errors of their own
     except Exception as error:
         cause = str(error.__cause__ or error).strip() or type(error).__name__
-        raise UserError(f"{data} cannot be read as text: {cause.splitlines()[0]}") from error
+        shards = [path] if path.suffix == ".parquet" else sorted(path.rglob("*.parquet"))
+        raise UserError(f"{broken_shard(shards) or data} cannot be read as text: {cause.splitlines()[0]}") from error
     train = next((name for name in TRAIN_NAMES if name in found), None)
     if train is None:
         if len(found) != 1:

@@ -13,7 +13,6 @@ from typing import Any
 import timm
 import torch
 import transformers
-import yaml
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -32,7 +31,7 @@ from allmlp.training.callbacks import (
     Progress,
 )
 from allmlp.training.faults import Divergence, Step, way_on
-from allmlp.training.recipe import Recipe, read_settings, recipe_to_yaml
+from allmlp.training.recipe import Recipe, parse_yaml, read_settings, recipe_to_yaml
 
 _log = logging.getLogger(__name__)
 
@@ -312,7 +311,7 @@ def prepare_output(output: Path, recipe: Recipe, *, resume: bool, overwrite: boo
 def _warn_of_changes(output: Path, recipe: Recipe) -> None:
     """Says which hyper-parameters a resumed run does not share with its beginning."""
     if (output / run_directory.RECIPE).is_file():
-        former, now = read_settings(output / run_directory.RECIPE), yaml.safe_load(recipe_to_yaml(recipe))
+        former, now = read_settings(output / run_directory.RECIPE), parse_yaml(recipe_to_yaml(recipe))
         changes = [f"{name} {former.get(name)} → {value}" for name, value in now.items() if former.get(name) != value]
         if changes:
             _log.warning("this is not the run that stopped: %s", ", ".join(changes))
