@@ -1,6 +1,5 @@
 """Which process of a distributed training this is, and what the others say. Torch is loaded where it is needed."""
 
-import functools
 import os
 import time
 from typing import Any
@@ -16,18 +15,20 @@ def is_restarted() -> bool:
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
-def largest_anywhere(value: int) -> int:
+def largest_anywhere(value: int, device: Any = "cpu") -> int:
     """The largest of the values that the processes of a training give; all of them have to call this together.
 
-    It does not wait for what the accelerators still compute.
+    Args:
+        value: What this process gives.
+        device: Where the processes exchange what they compute; an accelerator is waited for.
     """
     import torch
     from torch import distributed
 
     if not _several():
         return value
-    values = torch.tensor(value)
-    distributed.all_reduce(values, distributed.ReduceOp.MAX, group=_processors())
+    values = torch.tensor(value, device=device)
+    distributed.all_reduce(values, distributed.ReduceOp.MAX)
     return int(values)
 
 
@@ -53,17 +54,11 @@ def missing_processes(patience: float = 5.0) -> list[int]:
 
 
 def _present(rank: int) -> str:
-    return f"allmlp/present/{rank}"
+    # the rendezvous outlives a restart, and remembers
+    return f"allmlp/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/present/{rank}"
 
 
 def _several() -> bool:
     from torch import distributed
 
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-
-
-@functools.cache
-def _processors() -> Any:
-    from torch import distributed
-
-    return distributed.new_group(backend="gloo")

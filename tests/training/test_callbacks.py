@@ -87,14 +87,17 @@ def test_averaged_weights_follow_swap_and_come_back(tmp_path: Path) -> None:
         torch.testing.assert_close(model.weight, start + 0.5)
 
 
+_ARGUMENTS = types.SimpleNamespace(device=torch.device("cpu"), world_size=1, logging_steps=10)
+
+
 def test_a_signal_asks_and_a_second_ctrl_c_stops(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr(callbacks.time, "monotonic", lambda: now)
     interruption, control = Interruption(), _control()
     before = signal.getsignal(signal.SIGINT)
     with interruption.listening():
-        interruption.on_step_end(None, _state(), control)
-        interruption.on_prediction_step(None, _state(), control)
+        interruption.on_step_end(_ARGUMENTS, _state(), control)
+        interruption.on_prediction_step(_ARGUMENTS, _state(), control)
         assert not control.should_training_stop
         for _ in range(2):  # a launcher passes on what its process has heard already
             os.kill(os.getpid(), signal.SIGINT)
@@ -104,13 +107,19 @@ def test_a_signal_asks_and_a_second_ctrl_c_stops(monkeypatch: pytest.MonkeyPatch
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
     control.should_evaluate = True
-    interruption.on_step_end(None, _state(), control)
+    interruption.on_step_end(_ARGUMENTS, _state(), control)
     assert interruption.asked == signal.SIGINT
     assert control.should_save
     assert control.should_training_stop
     assert not control.should_evaluate
+    several = types.SimpleNamespace(device=torch.device("cuda"), world_size=2, logging_steps=10)
+    for step, stops in ((9, False), (10, True)):
+        control = _control()
+        monkeypatch.setattr(callbacks, "largest_anywhere", lambda value, device: value)
+        interruption.on_step_end(several, _state(global_step=step), control)
+        assert control.should_training_stop is stops
     with pytest.raises(EvaluationGivenUp):
-        interruption.on_prediction_step(None, _state(), control)
+        interruption.on_prediction_step(_ARGUMENTS, _state(), control)
 
 
 def test_a_model_that_cannot_be_traced_still_trains(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

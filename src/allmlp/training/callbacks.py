@@ -236,20 +236,22 @@ class Interruption(TrainerCallback):
         elif number == signal.SIGINT and time.monotonic() - self.since > 1:
             raise KeyboardInterrupt
 
-    def _ask(self) -> bool:
+    def _ask(self, device: torch.device) -> bool:
         # one process may have heard a signal that another has not yet
-        self.asked = largest_anywhere(self.heard)
+        self.asked = largest_anywhere(self.heard, device)
         return bool(self.asked)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._ask():
+        # several accelerators are waited for only where the loss is logged, and they are waited for anyway
+        due = args.world_size == 1 or args.device.type == "cpu" or state.global_step % args.logging_steps == 0
+        if due and self._ask(args.device):
             # the time until a scheduler loses patience is for saving
             control.should_evaluate = False
             control.should_save = True
             control.should_training_stop = True
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._ask():
+        if self._ask(args.device):
             raise EvaluationGivenUp
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
