@@ -104,7 +104,7 @@ def test_default_feature_levels(name) -> None:
     assert (info.channels(), info.reduction()) == PYRAMIDS[name]
 
 
-@pytest.mark.parametrize("indices", [(0, 1), (-1,), 1, (0, -1)], ids=str)
+@pytest.mark.parametrize("indices", [(0, 1), (-1,), 1, (0, -1), (1, 0)], ids=str)
 def test_features_only_with_chosen_levels(name, images, indices) -> None:
     whole = random_model(name)
     model = timm.create_model(name, features_only=True, out_indices=indices).eval()

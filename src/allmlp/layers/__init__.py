@@ -3,6 +3,7 @@
 from allmlp.layers.affine import Affine
 from allmlp.layers.axial_shift import AxialShift
 from allmlp.layers.channel_mlp import ChannelMLP
+from allmlp.layers.feature_pyramid import SimpleFeaturePyramid
 from allmlp.layers.patch_embedding import PatchDownsampling, PatchEmbedding, PatchMerging
 from allmlp.layers.permute_mlp import PermuteMLP, WeightedPermuteMLP
 from allmlp.layers.resampling import GridBound
@@ -23,6 +24,7 @@ __all__ = [
     "PatchMerging",
     "PermuteMLP",
     "SampleNorm",
+    "SimpleFeaturePyramid",
     "SpatialGatingUnit",
     "SpatialShift",
     "SplitAttention",

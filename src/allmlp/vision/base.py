@@ -163,7 +163,7 @@ class VisionMLP(nn.Module):
 
         Args:
             x: images.
-            indices: the last n levels for a number, all for None, else those named.
+            indices: the last n levels for a number, all for None, else those named, in their order.
             norm: apply the final norm to the kept maps of its width.
             stop_early: stop behind the last kept level.
             output_fmt: `"NCHW"` or `"NHWC"`, the layout of the kept maps.
@@ -178,14 +178,16 @@ class VisionMLP(nn.Module):
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt must be NCHW or NHWC, got {output_fmt!r}")
         take, last = feature_take_indices(len(self.level_indices), indices)
-        wanted = {self.level_indices[level] for level in take}
+        wanted = [self.level_indices[level] for level in take]
         stop = self.level_indices[last] + 1 if stop_early else len(self.blocks)
-        kept = []
+        found = {}
         x = self.stem(x)
         for index, block in enumerate(self.blocks[:stop]):
             x = checkpoint(block, x) if self.grad_checkpointing else block(x)
             if index in wanted:
-                kept.append(self.norm(x) if norm and x.shape[-1] == self.num_features else x)
+                found[index] = self.norm(x) if norm and x.shape[-1] == self.num_features else x
+        # a pruned model has no more than these
+        kept = [found[index] for index in wanted if index in found]
         if output_fmt == "NCHW":
             kept = [y.permute(0, 3, 1, 2).contiguous() for y in kept]
         if intermediates_only:

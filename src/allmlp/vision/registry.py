@@ -21,6 +21,7 @@ from allmlp.layers import (
     WeightedPermuteMLP,
 )
 from allmlp.vision.base import VisionMLP
+from allmlp.vision.features import LEVELS, NormalisedFeatureNet, SimpleFeaturePyramidNet
 
 # These decide by shapes or run a custom gradient, which symbolic tracing (torch.fx) cannot follow: it calls them whole.
 for _module in (
@@ -96,13 +97,8 @@ def _entry_point(
                 **(kwargs.pop("pretrained_cfg_overlay", None) or {}),
             }
             kwargs["pretrained_cfg_overlay"] = overlay
-        return build_model_with_cfg(
-            model_class,
-            name,
-            pretrained,
-            feature_cfg={"out_indices": levels, "feature_cls": "getter"},
-            **{**variant, **kwargs},
-        )
+        features = _features(levels, kwargs)
+        return build_model_with_cfg(model_class, name, pretrained, feature_cfg=features, **{**variant, **kwargs})
 
     entry_point.__name__ = entry_point.__qualname__ = name
     entry_point.__module__ = model_class.__module__
@@ -110,3 +106,16 @@ def _entry_point(
         f"{model_class.__name__} with {', '.join(f'{key}={value}' for key, value in variant.items())}."
     )
     return entry_point
+
+
+def _features(levels: int | tuple[int, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What `features_only=True` returns, in timm's terms; takes the arguments that say so out of `kwargs`."""
+    given = {name: kwargs.pop(name) for name in ("feature_norms", "pyramid_channels") if name in kwargs}
+    given = {name: value for name, value in given.items() if value not in (None, False)}
+    if len(given) > bool(kwargs.get("features_only")):
+        raise ValueError(f"{' and '.join(given)}: one of them at a time, and with features_only=True")
+    if "feature_norms" in given:
+        return {"out_indices": levels, "feature_cls": NormalisedFeatureNet, "output_fmt": "NCHW"}
+    if "pyramid_channels" in given:
+        return {"out_indices": LEVELS, "feature_cls": SimpleFeaturePyramidNet, "output_fmt": "NCHW", **given}
+    return {"out_indices": levels, "feature_cls": "getter"}
