@@ -97,9 +97,13 @@ def deviations(case: Case) -> tuple[Conversion, dict[torch.dtype, float]]:
 
 @torch.no_grad()
 def output_of(model: nn.Module, x: Tensor, *, sequence_first: bool = False) -> Tensor:
-    """Logits, or the hidden states of a model without head; for tokens that lie along the first axis the same way."""
+    """Logits, or the hidden states of a model without head; for tokens that lie along the first axis the same way.
+
+    A backbone's maps come flattened, one behind the other.
+    """
     if x.is_floating_point():
-        return model(x.to(next(model.parameters()).dtype))
+        y = model(x.to(next(model.parameters()).dtype))
+        return torch.cat([level.flatten(1) for level in y], 1) if isinstance(y, list) else y
     result = model(x.T if sequence_first else x)
     y = result.logits if "logits" in result else result.last_hidden_state
     return y.transpose(0, 1) if sequence_first else y

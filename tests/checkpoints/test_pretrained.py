@@ -112,6 +112,12 @@ class TestFound:
         with pytest.raises(UserError, match=r"x\.pth holds a GMLPForCausalLM, not an image classifier"):
             vision.planned_model(recipe, found)
 
+    def test_a_backbone_is_no_image_classifier(self, tmp_path: Path) -> None:
+        found = find_pretrained(GOLDEN / "as_mlp_backbone_shift3" / "checkpoint.pth")
+        recipe = tiny_recipe(tmp_path, start_from="x.pth")
+        with pytest.raises(UserError, match=r"x\.pth is a backbone here: it gives features, not classes"):
+            vision.planned_model(recipe, found)
+
     def test_nothing(self) -> None:
         with pytest.raises(UserError, match="There is no run directory no/such/run"):
             find_pretrained("no/such/run")

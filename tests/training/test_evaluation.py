@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from allmlp.checkpoints.conversion import convert_checkpoint, write_run_directory
 from allmlp.errors import UserError
 from allmlp.training import evaluation, vision
 from allmlp.training.evaluation import accuracy_of, confusion, evaluate, predict
+from tests.checkpoints.parity import GOLDEN
 from tests.pictures import picture, write_classes
 from tests.training.tiny import tiny_recipe
 
@@ -107,6 +109,13 @@ def test_impossible_predictions_are_refused(run: Path, files: list[str], top_k: 
 def test_a_folder_without_images_is_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no image"):
         predict(str(run), [str(tmp_path)])
+
+
+def test_a_model_without_a_classifier_is_refused(tmp_path: Path) -> None:
+    write_run_directory(convert_checkpoint(GOLDEN / "as_mlp_backbone_shift3" / "checkpoint.pth"), tmp_path / "run")
+    for use in (lambda: evaluate(str(tmp_path / "run"), "digits"), lambda: predict(str(tmp_path / "run"), ["a.png"])):
+        with pytest.raises(UserError, match="holds a model without a classifier: it gives features, not classes"):
+            use()
 
 
 def test_a_run_of_another_task_is_refused(tmp_path: Path) -> None:

@@ -1,6 +1,10 @@
-"""AS-MLP as its authors save it (svip-lab/AS-MLP, models/as_mlp.py)."""
+"""AS-MLP as its authors save it: classifiers (svip-lab/AS-MLP, models/as_mlp.py), and the backbones of their detectors
+(AS-MLP-Object-Detection) and segmentation models (AS-MLP-Semantic-Segmentation, mmseg/models/backbones/asmlp.py)."""
 
+import dataclasses
+import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from allmlp.checkpoints.architecture import VisionArchitecture, ratio, vision_architecture
@@ -34,12 +38,14 @@ _BLOCK = {
         "mlp.fc2",
     )
 }
+# An output level's norm.
+_LEVEL_NORM = re.compile(r"norm(\d)\.weight")
 
 
-def _as_mlp(tensors: Tensors, facts: Facts) -> tuple[VisionArchitecture, Tensors]:
+def _trunk(tensors: Tensors, facts: Facts, num_classes: int) -> tuple[VisionArchitecture, dict[str, str]]:
+    """The architecture, and the new names of the modules that classifiers and backbones share."""
     embed_dim, in_chans, *patch_size = shape(tensors, "patch_embed.proj.weight", 4)
-    num_classes, head = find_head(tensors)
-    modules = {"patch_embed.proj": "stem.proj", "patch_embed.norm": "stem.norm", "norm": "norm", **head}
+    modules = {"patch_embed.proj": "stem.proj", "patch_embed.norm": "stem.norm"}
     depths, index = [], 0
     for stage in range(count(tensors, "layers.")):
         if stage:
@@ -63,11 +69,34 @@ def _as_mlp(tensors: Tensors, facts: Facts) -> tuple[VisionArchitecture, Tensors
         shift_size=facts["shift_size"],
         mlp_ratio=ratio(hidden, embed_dim),
     )
-    return architecture, rename(tensors, modules)
+    return architecture, modules
+
+
+def _classifier(tensors: Tensors, facts: Facts) -> tuple[VisionArchitecture, Tensors]:
+    num_classes, head = find_head(tensors)
+    architecture, modules = _trunk(tensors, facts, num_classes)
+    return architecture, rename(tensors, {**modules, "norm": "norm", **head})
+
+
+def _backbone(tensors: Tensors, facts: Facts) -> tuple[VisionArchitecture, Tensors]:
+    architecture, modules = _trunk(tensors, facts, 0)
+    levels = sorted(int(match[1]) for name in tensors if (match := _LEVEL_NORM.fullmatch(name)))
+    features = {"features_only": True, "out_indices": levels, "feature_norms": True}
+    architecture = dataclasses.replace(architecture, model_args={**architecture.model_args, **features})
+    modules = {theirs: f"model.{ours}" for theirs, ours in modules.items()}
+    return architecture, rename(
+        tensors, {**modules, **{f"norm{level}": f"norms.{i}" for i, level in enumerate(levels)}}
+    )
+
+
+def _recognises(tensors: Mapping[str, Any], *, backbone: bool) -> bool:
+    if "layers.0.blocks.0.axial_shift.conv1.weight" not in tensors:
+        return False
+    return backbone == any(_LEVEL_NORM.fullmatch(name) for name in tensors)
 
 
 def _stored(beside: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts in the yacs configuration that the authors' trainer saves."""
+    """The facts in the yacs configuration that the authors' trainer of classifiers saves."""
     config = beside.get("config")
     found: dict[str, Any] = {}
     for fact, path in (("shift_size", ("MODEL", "ASMLP", "SHIFT_SIZE")), ("img_size", ("DATA", "IMG_SIZE"))):
@@ -79,19 +108,33 @@ def _stored(beside: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _stored_by_mm(beside: Mapping[str, Any]) -> dict[str, Any]:
+    """The shift size in the text of the configuration that mmdetection's and mmsegmentation's runners save.
+
+    The name of the run (`exp_name`) is no source: some configurations named shift5 set another shift size.
+    """
+    meta = beside.get("meta")
+    text = meta.get("config") if isinstance(meta, Mapping) else None
+    sizes = set(re.findall(r"\bshift_size\s*=\s*(\d+)", text)) if isinstance(text, str) else set()
+    return {"shift_size": int(sizes.pop())} if len(sizes) == 1 else {}
+
+
 def _parse_shift_size(value: Any) -> int:
     if parse_count(value) % 2 == 0:
         raise ValueError("an odd number")
     return value
 
 
+_INFERRED = "widths, depths of the stages, patch size"
+_IMG_SIZE = Fact(name="img_size", help="image size that images are prepared to, 224 by default", parse=parse_size)
+
 LAYOUTS = (
     Layout(
         source="as-mlp",
         family="AS-MLP",
-        recognises=lambda tensors: "layers.0.blocks.0.axial_shift.conv1.weight" in tensors,
-        convert=_as_mlp,
-        inferred="widths, depths of the stages, patch size, classes",
+        recognises=partial(_recognises, backbone=False),
+        convert=_classifier,
+        inferred=f"{_INFERRED}, classes",
         facts=(
             Fact(
                 name="shift_size",
@@ -99,8 +142,26 @@ LAYOUTS = (
                 parse=_parse_shift_size,
                 required=True,
             ),
-            Fact(name="img_size", help="image size that images are prepared to, 224 by default", parse=parse_size),
+            _IMG_SIZE,
         ),
         stored=_stored,
+    ),
+    Layout(
+        source="as-mlp",
+        family="AS-MLP backbone of a detector or segmentation model",
+        recognises=partial(_recognises, backbone=True),
+        convert=_backbone,
+        inferred=f"{_INFERRED}, levels",
+        facts=(
+            Fact(
+                name="shift_size",
+                help="number of offsets of the axial shift, odd: the shift_size of the configuration it was trained "
+                "with, 5 or 3 in the published ones, whose names say shift5 either way",
+                parse=_parse_shift_size,
+                required=True,
+            ),
+            _IMG_SIZE,
+        ),
+        stored=_stored_by_mm,
     ),
 )

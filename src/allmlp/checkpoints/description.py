@@ -20,7 +20,7 @@ CONFIG_BYTES = 2**24
 _LARGEST_SIDE = 8192
 _LARGEST_NUMBER = 2**20
 # What timm's factory does with a model beside building it: loading other files, downloading.
-_OF_THE_FACTORY = {"num_classes", "features_only", "device", "dtype"}.union(
+_OF_THE_FACTORY = {"num_classes", "device", "dtype"}.union(
     *(inspect.signature(function).parameters for function in (timm.create_model, build_model_with_cfg))
 )
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming", "random")

@@ -14,6 +14,8 @@ _AVERAGED = ("state_dict_ema", "model_ema", "ema")
 _HOLDERS = (*_AVERAGED, "state_dict", "model", "module", "net")
 # What wrapping modules put in front of every name: DataParallel, g-mlp-pytorch's autoregressive wrapper, torch.compile.
 _PREFIXES = ("module.", "net.", "_orig_mod.", "model.")
+# mmdetection's and mmsegmentation's models, of which the backbone is a part.
+_BACKBONE = "backbone."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +57,12 @@ def unwrap(contents: Mapping[str, Any]) -> Unwrapped:
         beside["n_averaged"] = None
     if not tensors:
         raise UserError(f"It holds no weights, only {_named(contents)}.")
+    backbone = {name: tensor for name, tensor in tensors.items() if str(name).startswith(_BACKBONE)}
+    if 0 < len(backbone) < len(tensors):
+        others = dict.fromkeys(str(name).split(".")[0] for name in tensors if name not in backbone)
+        notes.append(f"The backbone is taken, without {_named(others)}.")
+    if backbone:
+        tensors = {name.removeprefix(_BACKBONE): tensor for name, tensor in backbone.items()}
     if beside:
         notes.append(f"Left aside, since it is no weights: {_named(beside)}.")
     return Unwrapped(tensors=tensors, beside=beside, notes=notes)

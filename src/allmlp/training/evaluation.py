@@ -222,6 +222,8 @@ def load_classifier(
     if kind != run_directory.VISION:
         raise UserError(f"{run} holds a model of type '{kind}', not an image classifier.")
     model = run_directory.load(run, img_size=img_size, patch_kernel=patch_kernel)
+    if not getattr(model, "num_classes", 0):
+        raise UserError(f"{run} holds a model without a classifier: it gives features, not classes.")
     if not model.pretrained_cfg.get("label_names"):
         model.pretrained_cfg["label_names"] = [str(index) for index in range(model.num_classes)]
     return model

@@ -144,7 +144,7 @@ def planned_model(recipe: VisionRecipe, start: Pretrained | None = None) -> tupl
     the recipe.
 
     Raises:
-        UserError: There is no such model, or none is named.
+        UserError: There is no such model, none is named, or the one to start from is no classifier.
     """
     found = None
     if start:
@@ -159,6 +159,8 @@ def planned_model(recipe: VisionRecipe, start: Pretrained | None = None) -> tupl
         arguments["img_size"] = recipe.img_size
     if found and architecture == found.name:
         arguments = {**found.model_args, **arguments}
+    if arguments.get("features_only") or (found and found.model_args.get("features_only")):
+        raise UserError(f"{recipe.start_from or architecture} is a backbone here: it gives features, not classes.")
     channels = arguments.get("in_chans", 3)
     if type(channels) is not int:
         raise UserError(f"in_chans is {shown(channels)}; it must be a whole number.")
