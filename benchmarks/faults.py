@@ -67,13 +67,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills (default: 0)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     options = parser.parse_args()
-    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    from allmlp.checkpoints.run_directory import write_json
+    from allmlp.training.engine import surroundings
+
     for part in options.parts:
         with tempfile.TemporaryDirectory() as folder:
-            results |= PARTS[part](Path(folder), options)
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(results, indent=2))
+            found = PARTS[part](Path(folder), options)
+        results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+        write_json(RESULTS, {"surroundings": surroundings(), **results, **found})
+        print(json.dumps(found, indent=2), flush=True)
 
 
 def kills(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -98,7 +100,8 @@ def kills(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
                         process.wait(chance.uniform(0, length))
                     except subprocess.TimeoutExpired:
                         process.kill()
-                        killed.append(found(run))
+                        process.wait()
+                        killed.append(remains(run))
                 code = process.wait()
                 require(code in (0, -signal.SIGKILL), f"a resumed {kind} training failed")
             identical += (run / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
@@ -242,7 +245,7 @@ def wait_for(event: Any, process: "subprocess.Popen[bytes]") -> float | None:
     return time.time()
 
 
-def found(run: Path) -> dict[str, Any]:
+def remains(run: Path) -> dict[str, Any]:
     """What a kill leaves: the last checkpoint's step, and whether another was being written."""
     from allmlp.checkpoints import run_directory
 

@@ -342,4 +342,4 @@ def test_a_resumed_run_says_what_has_changed(tmp_path: Path, caplog: pytest.LogC
     run = tmp_path / "run"
     language.train(_language(tmp_path, max_steps=4), run)
     language.train(_language(tmp_path, max_steps=5, lr=0.5), run, resume=True)
-    assert "this is not the run that stopped: max_steps 4 → 5, lr 0.01 → 0.5" in caplog.text
+    assert "going on with other hyper-parameters: max_steps 4 → 5, lr 0.01 → 0.5" in caplog.text

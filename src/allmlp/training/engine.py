@@ -119,11 +119,14 @@ class Engine(Trainer):
         """How the training went, for a run's metrics: `history`, the `best` checkpoint, the `skipped_steps`."""
         logged = self.state.log_history
         kept = [entry for entry in logged if "loss" in entry or "eval_loss" in entry]
+        best = self.state.best_global_step
         return {
             "best": {
-                "checkpoint": f"{run_directory.CHECKPOINT}{self.state.best_global_step}",
+                "checkpoint": f"{run_directory.CHECKPOINT}{best}",
                 self.args.metric_for_best_model: self.state.best_metric,
-            },
+            }
+            if best
+            else None,
             "skipped_steps": [entry["step"] for entry in logged if "skipped" in entry],
             "history": [
                 {key: value for key, value in entry.items() if "runtime" not in key and "per_second" not in key}
@@ -173,9 +176,11 @@ class Engine(Trainer):
             return torch.zeros_like(norm)
         return norm
 
-    def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, model: Any, trial: Any, *others: Any, **more: Any):
+    def _maybe_log_save_evaluate(
+        self, loss: Any, grad_norm: Any, model: Any, trial: Any, *others: Any, **more: Any
+    ) -> None:
         try:
-            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *others, **more)
+            super()._maybe_log_save_evaluate(loss, grad_norm, model, trial, *others, **more)
         except EvaluationGivenUp:
             self._save_checkpoint(model, trial)
             self.control.should_training_stop = True
@@ -312,9 +317,11 @@ def _warn_of_changes(output: Path, recipe: Recipe) -> None:
     """Says which hyper-parameters a resumed run does not share with its beginning."""
     if (output / run_directory.RECIPE).is_file():
         former, now = read_settings(output / run_directory.RECIPE), parse_yaml(recipe_to_yaml(recipe))
-        changes = [f"{name} {former.get(name)} → {value}" for name, value in now.items() if former.get(name) != value]
+        changes = [
+            f"{name} {former[name]} → {now[name]}" for name in now if name in former and former[name] != now[name]
+        ]
         if changes:
-            _log.warning("this is not the run that stopped: %s", ", ".join(changes))
+            _log.warning("going on with other hyper-parameters: %s", ", ".join(changes))
 
 
 def surroundings() -> dict[str, Any]:
