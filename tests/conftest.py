@@ -1,5 +1,6 @@
 """What every test stands on: checked tensor axes, a fixed seed, threads that workers do not fight over."""
 
+import logging
 import os
 from collections.abc import Iterator
 
@@ -19,6 +20,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _log() -> Iterator[None]:
+    """What the command line makes of the package's log ends with the test."""
+    log = logging.getLogger("allmlp")
+    handlers, propagate, level = log.handlers[:], log.propagate, log.level
+    yield
+    log.handlers[:], log.propagate = handlers, propagate
+    log.setLevel(level)
 
 
 @pytest.fixture
