@@ -1,6 +1,6 @@
 """How the cost of mixing tokens grows with their number: Toeplitz gMLP, dense gMLP, causal attention.
 
-    python benchmarks/toeplitz.py           measures (about five minutes on two cores), writes results/toeplitz.*
+    python benchmarks/toeplitz.py           measures (about two minutes on two cores), writes results/toeplitz.*
     python benchmarks/toeplitz.py --page    puts the results into docs/language.md
 
 One causal layer's work between its tokens, 512 channels, float32, forward: `toeplitz_product` by both of its ways, the

@@ -16,7 +16,7 @@ from torch import Tensor
 Backend = Literal["auto", "dense", "fft"]
 
 # From this many tokens on the FFT is faster than the dense product on the CPU; benchmarks/toeplitz.py measures it.
-FFT_TOKENS = 2048
+FFT_TOKENS = 1024
 
 
 def toeplitz_product_reference(
