@@ -12,10 +12,11 @@ its figure.
 
 import argparse
 import copy
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 from allmlp.checkpoints import run_directory
 from allmlp.checkpoints.run_directory import METRICS, read_config, write_json, write_text
 from allmlp.data.images import ImageData, load_images
-from allmlp.layers import GridBound
+from allmlp.layers import GridBound, TokenMixingMLP
 from allmlp.ops import resampling
 from allmlp.training import vision
 from allmlp.training.engine import surroundings
@@ -54,15 +55,15 @@ NAMES = {
     "asmlp_nano_patch2_32": "AS-MLP",
 }
 OWN, TUNED = 32, 48
-SIZES = (24, 40, 48, 64)
+SIZES = (TUNED, 24, 40, 64)
 PART = 2000
 FINE_TUNING = {"epochs": 1, "lr": 5e-4}
 """What the one epoch more changes in the recipe the models were trained with."""
 WAYS = {
     "kernel": "resampled, patch kernel enlarged",
     "plain": "resampled",
-    "back": "pictures resized back to 32",
     "random": "random token mixing",
+    "back": "pictures resized back to 32",
 }
 TARGETS = ("gmlp_nano_patch4_32", "mixer_nano_patch4_32")
 TUNINGS = {
@@ -80,21 +81,23 @@ def main() -> None:
     parser.add_argument("--data", help="CIFAR-10 as parquet files")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="where the run directories are")
     parser.add_argument("--models", nargs="+", default=list(NAMES), choices=list(NAMES))
-    parser.add_argument("--ways", nargs="+", default=list(TUNINGS), choices=list(TUNINGS), help="of tuning")
+    ways = list(dict.fromkeys((*WAYS, *TUNINGS)))
+    parser.add_argument("--ways", nargs="+", default=ways, choices=ways, help="of sizes and tuning")
     options = parser.parse_args()
     if options.part and not options.data:
         parser.error("--data is needed to measure")
-    measure = {"sizes": _sizes, "methods": _methods, "tuning": partial(_tuning, ways=options.ways)}.get(options.part)
+    parts = {"sizes": _sizes, "methods": _methods, "tuning": _tuning}
+    measure = parts.get(options.part)
     for model in options.models if measure else ():
         run = options.runs / f"{RECIPE.stem}_{model}"
         if not (run / METRICS).is_file():
             print(f"{run} is not there, or not finished: left out")
             continue
         former = _results().get(options.part, {}).get(model, {})
-        for key, value in measure(model, run, options.data, former):
+        for key, value in measure(model, run, options.data, former, options.ways):
             # Several measurements may run side by side.
             found = _results()
-            found.setdefault(options.part, {}).setdefault(model, {})[key] = value
+            found.setdefault(options.part, {}).setdefault(model, {}).setdefault(key, {}).update(value)
             found["surroundings"] = surroundings()
             write_json(RESULTS, found)
             print(options.part, model, key, value, flush=True)
@@ -124,22 +127,29 @@ def _kernel(model: VisionMLP, size: int) -> int:
     return max(patch_size, round(patch_size * size / OWN))
 
 
-def _sizes(name: str, run: Path, data: str, former: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def _sizes(
+    name: str, run: Path, data: str, former: dict[str, Any], ways: Sequence[str]
+) -> Iterator[tuple[str, dict[str, float]]]:
     """Accuracy without further training on all test images, by size and way."""
-    own = run_directory.load(run)
+    own: Any = run_directory.load(run)
     if str(OWN) not in former:
         yield str(OWN), {"plain": _accuracy(own, own.pretrained_cfg, data)}
-    for size in SIZES:
-        if str(size) in former:
+    for way, size in itertools.product(ways, SIZES):
+        if way in former.get(str(size), {}):
             continue
-        models: dict[str, Any] = {"plain": run_directory.load(run, img_size=size)}
-        cfg = models["plain"].pretrained_cfg
-        if _kernel(own, size) > own.stem.patch_size[0]:
-            models["kernel"] = run_directory.load(run, img_size=size, patch_kernel=_kernel(own, size))
-        models["back"] = nn.Sequential(_Resized(), own)
-        if own.stem.img_size is not None and size == TUNED:
-            models["random"] = _with_random_mixing(name, own, size)
-        yield str(size), {way: _accuracy(model, cfg, data) for way, model in models.items()}
+        resized: Any = run_directory.load(run, img_size=size)
+        model = resized
+        if way == "kernel":
+            model.set_input_size(patch_kernel=_kernel(own, size))
+        elif way == "back":
+            model = nn.Sequential(_Resized(), own)
+        elif way == "random":
+            if own.stem.img_size is None or size != TUNED:
+                continue
+            model = _with_random_mixing(name, own, size)
+        elif way != "plain":
+            continue
+        yield str(size), {way: _accuracy(model, resized.pretrained_cfg, data)}
 
 
 class _Resized(nn.Module):
@@ -159,7 +169,9 @@ def _with_random_mixing(name: str, own: VisionMLP, size: int) -> Any:
     return model
 
 
-def _methods(name: str, run: Path, data: str, former: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def _methods(
+    name: str, run: Path, data: str, former: dict[str, Any], ways: Sequence[str]
+) -> Iterator[tuple[str, dict[str, float]]]:
     """Accuracy of ways to resample on part of the test images, by way and size, where weights belong to positions."""
     own: Any = run_directory.load(run)
     if own.stem.img_size is None:
@@ -170,7 +182,7 @@ def _methods(name: str, run: Path, data: str, former: dict[str, Any]) -> Iterato
         if method in former or (method == DIAGONAL and not _square(own)):
             continue
         found = {}
-        for size in (24, 48, 64):
+        for size in (24, TUNED):
             model = copy.deepcopy(own)
             model.pretrained_cfg = dict(own.pretrained_cfg)
             with patch.object(resampling, "_axis", axis):
@@ -220,7 +232,7 @@ def _square(model: VisionMLP) -> list[tuple[str, str]]:
     return [
         (name, key)
         for name, layer in model.named_modules()
-        if isinstance(layer, GridBound)
+        if isinstance(layer, GridBound) and not isinstance(layer, TokenMixingMLP)
         for key, weight in layer.named_parameters()
         if weight.ndim > 1 and weight.shape[-2:] == (model.stem.num_patches,) * 2
     ]
@@ -241,7 +253,7 @@ def _tuning(name: str, run: Path, data: str, former: dict[str, Any], ways: Seque
     """Accuracy after one epoch more, by way."""
     own: Any = run_directory.load(run)
     for way in ways:
-        if way in former or (way == "random" and own.stem.img_size is None):
+        if way not in TUNINGS or way in former or (way == "random" and own.stem.img_size is None):
             continue
         settings: dict[str, Any] = {} if way == "own" else {"img_size": TUNED}
         if way == "kernel":
@@ -256,7 +268,7 @@ def _tuning(name: str, run: Path, data: str, former: dict[str, Any], ways: Seque
                 run_directory.save_classifier(wrapped, start)
             settings = {**read_settings(RECIPE), "data": data, "start_from": str(start), **FINE_TUNING, **settings}
             metrics = vision.train(make_recipe(settings, VisionRecipe), Path(folder) / "run")
-        yield way, {key: metrics[key] for key in ("accuracy", "training_seconds", "precision")}
+        yield way, {key: metrics[key] for key in ("accuracy", "precision")}
 
 
 def render(found: dict[str, Any]) -> None:
@@ -282,12 +294,9 @@ def _sizes_table(found: dict[str, Any]) -> list[str]:
     rows = [f"| model | at another size | {' | '.join(map(str, sizes))} |", "|---|---|" + "---:|" * len(sizes)]
     for model, figures in _measured(found["sizes"]):
         for way, words in WAYS.items():
-            if way == "random":
-                course = [figures.get(str(size), {}).get(way) for size in sizes]
-            else:
-                points = dict(zip(*_course(figures, way), strict=True))
-                course = [points.get(size) for size in sizes]
-            if any(course):
+            points = _course(figures, way)
+            course = [points.get(size) for size in sizes]
+            if set(points) - {OWN}:
                 rows.append(f"| {NAMES[model]} | {words} | {' | '.join(map(_percent, course))} |")
     return rows
 
@@ -309,13 +318,13 @@ def _tuning_table(found: dict[str, Any]) -> list[str]:
         "|---|" + "---:|" * 7,
     ]
     for model, figures in _measured(found["tuning"]):
-        untrained = found["sizes"][model]
+        untrained = found.get("sizes", {}).get(model, {})
         after = {way: figures[way]["accuracy"] if way in figures else None for way in TUNINGS}
         cells = (
-            untrained[str(OWN)]["plain"],
-            untrained[str(TUNED)]["kernel"],
+            untrained.get(str(OWN), {}).get("plain"),
+            untrained.get(str(TUNED), {}).get("kernel"),
             after["kernel"],
-            untrained[str(TUNED)].get("random"),
+            untrained.get(str(TUNED), {}).get("random"),
             after["random"],
             after["plain"],
             after["own"],
@@ -333,14 +342,12 @@ def _draw(found: dict[str, Any]) -> None:
         figure = Figure(figsize=(9, 3.8), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True)
         for model, figures in _measured(found):
-            (line,) = left.plot(*_course(figures, "kernel"), marker="o", ms=3, label=NAMES[model])
-            if model in TARGETS:
-                for way, style in (("kernel", "-"), ("plain", "--"), ("back", ":")):
+            (line,) = left.plot(*_points(figures, "kernel"), marker="o", ms=3, label=NAMES[model])
+            for way, style in (("kernel", "o-"), ("plain", "o--"), ("back", "o:"), ("random", "x")):
+                sizes, accuracies = _points(figures, way)
+                if model in TARGETS and set(sizes) - {OWN}:
                     label = f"{NAMES[model]}, {WAYS[way]}"
-                    right.plot(*_course(figures, way), style, marker="o", ms=3, color=line.get_color(), label=label)
-                random = {int(size): ways["random"] for size, ways in figures.items() if "random" in ways}
-                label = f"{NAMES[model]}, {WAYS['random']}"
-                right.plot(*zip(*random.items(), strict=True), "x", color=line.get_color(), label=label)
+                    right.plot(sizes, accuracies, style, ms=3, color=line.get_color(), label=label)
         left.set(title="Trained at 32 pixels, used at others: accuracy", xlabel="image size in pixels")
         right.set(title="Beside the other ways", xlabel="image size in pixels", ylim=(0, None))
         for axes in (left, right):
@@ -350,10 +357,17 @@ def _draw(found: dict[str, Any]) -> None:
     save(figure, ROOT / "docs" / "figures" / "resolution.png")
 
 
-def _course(figures: dict[str, Any], way: str) -> tuple[list[int], list[float]]:
-    """Sizes and accuracies of a way; at the model's own size, and where patches keep their kernel, all are one."""
-    points = {int(size): ways.get(way, ways["plain"]) for size, ways in figures.items()}
-    return sorted(points), [points[size] for size in sorted(points)]
+def _points(figures: dict[str, Any], way: str) -> tuple[list[int], list[float]]:
+    course = _course(figures, way)
+    return list(course), list(course.values())
+
+
+def _course(figures: dict[str, Any], way: str) -> dict[int, float]:
+    """Accuracy of a way by size, beginning with the model's own, where all ways but the random one are the same."""
+    at = {
+        int(size): ways.get("plain" if size == str(OWN) and way != "random" else way) for size, ways in figures.items()
+    }
+    return {size: accuracy for size, accuracy in sorted(at.items()) if accuracy is not None}
 
 
 if __name__ == "__main__":

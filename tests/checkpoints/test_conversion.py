@@ -212,6 +212,17 @@ class TestRunDirectory:
         before, after = loaded_again(parity.golden(GOLDEN / name), str(tmp_path / "run"))
         assert torch.equal(before, after)
 
+    @pytest.mark.parametrize("name", ["vip_small7", "as_mlp_shift5", "google_mixer", "deit_resmlp", "timm_gmlp"])
+    def test_it_loads_at_another_size(self, name: str, tmp_path) -> None:
+        found = parity.golden(GOLDEN / name).convert()
+        write_run_directory(found, tmp_path / "run")
+        patch_size = found.model.stem.patch_size
+        size = 4 * patch_size[0], 6 * patch_size[1]
+        loaded = allmlp.load(tmp_path / "run", img_size=size)
+        found.model.set_input_size(size)
+        torch.testing.assert_close(loaded.state_dict(), found.model.state_dict(), rtol=0, atol=0)
+        assert loaded(torch.randn(1, 3, *size)).shape == (1, found.model.num_classes)
+
     def test_images_are_prepared_as_the_source_does(self, tmp_path) -> None:
         write_run_directory(parity.golden(GOLDEN / "timm_gmlp").convert(), tmp_path / "run", classes=list("abcdefghi"))
         model = allmlp.load(tmp_path / "run")
