@@ -105,6 +105,7 @@ def kills(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
                 code = process.wait()
                 require(code in (0, -signal.SIGKILL), f"a resumed {kind} training failed")
             identical += (run / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+            print(f"{kind}: {len(killed)} kills, {identical} of {runs} runs identical", flush=True)
             shutil.rmtree(run)
         results[kind] = {
             "kills": len(killed),
@@ -121,17 +122,17 @@ def kills(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 def disk(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """A run on a disk that gets full, then gets room; in a mount namespace, whose end takes the disk away."""
     recipe, whole, small = folder / "recipe.yaml", folder / "whole", folder / "small"
-    recipe.write_text(LANGUAGE + "keep: 9\n", encoding="utf-8")
+    recipe.write_text(LANGUAGE + "keep: 99\n", encoding="utf-8")
     require(train(recipe, whole).wait() == 0, "the undisturbed training failed")
     size = sum(path.stat().st_size for path in (whole / "checkpoint-10").iterdir())
     small.mkdir()
-    allmlp = f"{sys.executable} -m allmlp"
+    allmlp, load = f"{sys.executable} -m allmlp", "import allmlp, sys; allmlp.load(sys.argv[1])"
     # room for three checkpoints and a half
     script = f"""
     mount -t tmpfs -o size={int(3.5 * size)} tmpfs {small}
     {allmlp} train --recipe {recipe} --output {small}/run 2> {folder}/said; echo $? > {folder}/code
     ls -A {small}/run > {folder}/left
-    {allmlp} evaluate {small}/run/checkpoint-30 {argparse.__file__} > {folder}/evaluated || exit 1
+    {sys.executable} -c '{load}' $(ls -d {small}/run/checkpoint-* | sort -V | tail -1) || exit 1
     mount -o remount,size=1g {small}
     {allmlp} train --resume --output {small}/run && cp {small}/run/model.safetensors {folder}/resumed
     """
