@@ -291,8 +291,21 @@ def test_models_of_one_size_refuse_another(name) -> None:
 @pytest.mark.parametrize("name", ANY_SIZE)
 def test_models_of_any_size_take_batch_after_batch(name) -> None:
     model = timm.create_model(name).eval()
-    for size in ((32, 32), (17, 40), (1, 1), (33, 5)):
+    for size in ((32, 32), (17, 40), (5, 6), (33, 5)):
         assert model(torch.randn(1, 3, *size)).shape == (1, 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "least"), [("s2mlp_nano_patch4_32", 2), ("s2mlpv2_small_patch7_224", 7), ("asmlp_tiny_patch4_224", 16)]
+)
+def test_images_too_small_for_the_last_stage_are_refused(name, least) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name)
+        model(torch.randn(1, 3, least, 40))
+        with pytest.raises(ValueError, match=rf"{least - 1}×40 pixels is too small .* at least {least}×{least}"):
+            model(torch.randn(1, 3, least - 1, 40))
+        shallow = timm.create_model(name, features_only=True, out_indices=(0,))
+        assert len(shallow(torch.randn(1, 3, 5, 5))) == 1
 
 
 def test_stochastic_depth_and_dropout_act_in_training_only(name, images) -> None:

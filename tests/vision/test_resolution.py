@@ -223,7 +223,7 @@ def test_any_size_needs_no_resampling(name) -> None:
 
 
 @pytest.mark.parametrize("name", ANY_SIZE)
-@given(height=st.integers(1, 41), width=st.integers(1, 41))
+@given(height=st.integers(4, 41), width=st.integers(4, 41))
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_stage_of_any_size_pads_at_the_border(name, height, width) -> None:
     """Each map has as many positions as patches and their halvings begin in the image."""

@@ -21,12 +21,18 @@ class PatchEmbedding(PatchEmbed):
         kernel_size: pixels that a patch sees, `patch_size` by default. Larger patches overlap; at the border the image
             is continued by its outermost pixels.
         fixed_size: the model mixes a fixed number of tokens: patches must tile the image, and inputs must have
-            `img_size`. Otherwise any input is taken, padded with zeros to whole patches.
+            `img_size`. Otherwise inputs of any size are taken, padded with zeros to whole patches.
+
+    Attributes:
+        further_stride: by how much the model divides the map further. An image of which its last map would hold more
+            padding than pixels is refused.
 
     Raises:
         ValueError: with `fixed_size`, for a size no patch grid fits, naming the nearest that do, and for such an input;
-            for a kernel smaller than the patch.
+            for an input too small for the last map; for a kernel smaller than the patch.
     """
+
+    further_stride = 1
 
     # timm's attributes; the last two are those of models of a fixed size
     patch_size: tuple[int, int]
@@ -99,8 +105,9 @@ class PatchEmbedding(PatchEmbed):
                 "build it with img_size=(height, width), or give it to set_input_size"
             )
         if self.img_size is None:
-            if not torch.compiler.is_exporting() and 0 in x.shape[-2:]:
-                raise ValueError(f"the image is {_size(x.shape[-2:])} pixels: there is nothing in it")
+            # A graph for free sizes cannot look at one.
+            if not torch.compiler.is_exporting() and not torch.jit.is_tracing():
+                _check_not_too_small(x.shape[-2:], [side * self.further_stride for side in self.patch_size])
             x = _pad_to_patches(x, self.patch_size)
         high, wide = (kernel - patch for kernel, patch in zip(self.proj.kernel_size, self.patch_size, strict=True))
         if high or wide:
@@ -182,6 +189,15 @@ def check_patches_tile(img_size: Sequence[int], patch_size: Sequence[int]) -> No
         f"an image of {_size(img_size)} pixels cannot be cut into patches of {_size(patch_size)}; "
         f"each side must be a multiple of its patch's: the nearest sizes are {nearest}"
     )
+
+
+def _check_not_too_small(img_size: Sequence[int], stride: Sequence[int]) -> None:
+    least = [-(-side // 2) for side in stride]
+    if img_size[0] < least[0] or img_size[1] < least[1]:
+        raise ValueError(
+            f"an image of {_size(img_size)} pixels is too small for this model's last stage: "
+            f"it needs at least {_size(least)}"
+        )
 
 
 def _check_kernel(kernel_size: Sequence[int], patch_size: Sequence[int]) -> None:

@@ -59,6 +59,7 @@ class VisionMLP(nn.Module):
             for index, channels, reduction in levels
         ]
         self.level_indices = [index for index, _, _ in levels]
+        stem.further_stride = levels[-1][2] // max(stem.patch_size)
         self.grad_checkpointing = False
         self.head_drop = nn.Dropout(drop_rate)
         self.reset_classifier(num_classes, global_pool)
@@ -200,6 +201,7 @@ class VisionMLP(nn.Module):
         """Drop what lies behind the named feature levels, norm and head where asked; returns the levels kept."""
         take, last = feature_take_indices(len(self.level_indices), indices)
         self.blocks = self.blocks[: self.level_indices[last] + 1]
+        self.stem.further_stride = self.feature_info[last]["reduction"] // max(self.stem.patch_size)
         if prune_norm:
             self.norm = nn.Identity()
         if prune_head:
