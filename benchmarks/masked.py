@@ -54,11 +54,12 @@ def models(tokenizer: Any) -> dict[str, Any]:
     from allmlp.language import GMLPConfig, GMLPForMaskedLM
 
     common = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    gmlp = {"max_position_embeddings": CONTEXT, **common}
     bert = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 512}
     undropped = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "max_position_embeddings": CONTEXT}
     return {
-        "gMLP": lambda: GMLPForMaskedLM(GMLPConfig.named("gmlp_nano", max_position_embeddings=CONTEXT, **common)),
-        "aMLP": lambda: GMLPForMaskedLM(GMLPConfig.named("amlp_nano", max_position_embeddings=CONTEXT, **common)),
+        "gMLP": lambda: GMLPForMaskedLM(GMLPConfig.named("gmlp_nano", **gmlp)),
+        "aMLP": lambda: GMLPForMaskedLM(GMLPConfig.named("amlp_nano", tiny_attention_size=16, **gmlp)),
         "BERT": lambda: BertForMaskedLM(BertConfig(**common, **bert, **undropped)),
     }
 
