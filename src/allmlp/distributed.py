@@ -7,7 +7,17 @@ from typing import Any
 
 def is_first_process() -> bool:
     """Whether this process speaks and writes: the first as torchrun numbers them, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
+    return process_index() == 0
+
+
+def process_index() -> int:
+    """This process's number, from 0, as torchrun numbers them over all machines."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def process_count() -> int:
+    """The processes of the training, on all machines."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_restarted() -> bool:

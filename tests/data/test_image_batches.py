@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from allmlp.data.image_batches import ImageBatches, as_is, evaluation_transform, training_transform
 from allmlp.data.labelled_images import LabelledImages
+from allmlp.data.sampling import IGNORED
 from allmlp.errors import UserError
 
 CFG = {"input_size": (3, 8, 8), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4), "crop_pct": 1.0}
@@ -81,22 +82,40 @@ def test_mixing_gives_shares_of_classes_and_spares_odd_batches() -> None:
     assert _training().__getitems__(range(5))["labels"].tolist() == [0, 1, 2, 0, 1]
 
 
-def test_images_that_turn_out_broken_are_dropped_and_named() -> None:
+def test_augmentation_of_an_image_does_not_depend_on_its_batch() -> None:
+    batches = _training(mix=None, erase=None)
+    whole = batches.__getitems__([0, 1, 2, 3])
+    torch.testing.assert_close(batches.__getitems__([2, 3])["pixel_values"], whole["pixel_values"][2:], rtol=0, atol=0)
+
+
+def test_no_images_make_a_blank_one_that_does_not_count() -> None:
+    batch = _training().__getitems__([])
+    assert batch["pixel_values"].shape == (1, 3, 8, 8)
+    assert batch["labels"].tolist() == [IGNORED]
+
+
+def test_images_that_turn_out_broken_are_named_and_do_not_count() -> None:
     images = _images(4)
     sources = [images.sources[0], "/no/such/file.png", images.sources[2], images.sources[3]]
     broken = LabelledImages(sources=sources, labels=images.labels, names=images.names)
-    batches = ImageBatches(broken, evaluation_transform(CFG), mean=CFG["mean"], std=CFG["std"])
-    assert batches.__getitems__([0, 1, 2])["labels"].tolist() == [0, 2]
-    assert batches.unreadable() == ["image 1"]
+    settings = {"mean": CFG["mean"], "std": CFG["std"]}
+    training = ImageBatches(broken, training_transform(CFG), seed=0, **settings)
+    assert training.__getitems__([0, 1, 2])["labels"].tolist() == [0, 2]
+    assert training.unreadable() == ["image 1"]
+    with pytest.raises(UserError, match="image 1 cannot be read as an image: there is no such file"):
+        ImageBatches(broken, training_transform(CFG), seed=0, strict=True, **settings).__getitems__([0, 1])
     with pytest.raises(UserError, match="A whole batch cannot be read; the first of it: image 1"):
-        batches.__getitems__([1])
+        training.__getitems__([1])
+    evaluation = ImageBatches(broken, evaluation_transform(CFG), **settings)
+    assert evaluation.__getitems__([0, 1, 2])["labels"].tolist() == [0, IGNORED, 2]
+    assert evaluation.unreadable() == ["image 1"]
 
 
 def test_workers_report_what_they_found_broken() -> None:
     images = _images(4)
     sources = [*images.sources[:3], "/no/such/file.png"]
     broken = LabelledImages(sources=sources, labels=images.labels, names=images.names)
-    batches = ImageBatches(broken, evaluation_transform(CFG), mean=CFG["mean"], std=CFG["std"])
+    batches = ImageBatches(broken, training_transform(CFG), mean=CFG["mean"], std=CFG["std"], seed=0)
     sizes = [len(batch["labels"]) for batch in DataLoader(batches, batch_size=2, num_workers=1, collate_fn=as_is)]
     assert sizes == [2, 1]
     assert batches.unreadable() == ["image 3"]

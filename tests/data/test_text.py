@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from allmlp.data.text import IGNORED, Masking, TokenWindows, load_text
+from allmlp.data.sampling import IGNORED
+from allmlp.data.text import Masking, TokenWindows, load_text
 from allmlp.data.tokenization import Tokens
 from allmlp.errors import UserError
 from tests.data.texts import TEXT, write_table, write_text

@@ -63,7 +63,7 @@ def test_an_evaluation_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(("epoch", "told"), [(None, 0), (0.0, 0), (1.3333, 1), (2.0, 2), (2.9999999999, 3)])
 def test_the_data_is_told_the_epoch_that_begins(epoch: float | None, told: int) -> None:
     data = types.SimpleNamespace(set_epoch=lambda value: setattr(data, "epoch", value))
-    DataEpoch(data).on_epoch_begin(None, _state(epoch=epoch), _control())
+    DataEpoch([data]).on_epoch_begin(None, _state(epoch=epoch), _control())
     assert data.epoch == told
 
 
@@ -132,11 +132,11 @@ def test_a_model_that_cannot_be_traced_still_trains(tmp_path: Path, caplog: pyte
             raise RuntimeError("cannot be traced")
 
     model = Untraceable().train()
-    board = TensorBoard(tmp_path, model, torch.ones(1))
+    with caplog.at_level("INFO"):
+        board = TensorBoard(tmp_path, model, torch.ones(1))
     arguments = types.SimpleNamespace(output_dir=str(tmp_path), to_json_string=lambda: "{}")
     state = _state(is_hyper_param_search=False)
-    with caplog.at_level("INFO"):
-        board.on_train_begin(arguments, state, _control())
+    board.on_train_begin(arguments, state, _control())
     board.on_train_end(arguments, state, _control())
     assert "TensorBoard gets no graph: cannot be traced" in caplog.text
     assert model.training

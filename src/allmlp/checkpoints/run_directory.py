@@ -90,6 +90,8 @@ def classifier(model: TimmModel, architecture: str, model_args: Mapping[str, Any
     with torch.device("meta"):
         wrapped = TimmWrapperForImageClassification(config) if classes else TimmWrapperModel(config)
     wrapped.timm_model = model
+    # what FSDP gathers one at a time
+    wrapped._no_split_modules = sorted({type(block).__name__ for block in getattr(model, "blocks", ())})
     return wrapped
 
 

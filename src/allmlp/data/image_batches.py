@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
+from PIL import Image
 from timm.data import DEFAULT_CROP_PCT, Mixup, create_transform
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
@@ -19,23 +20,25 @@ from torchvision import transforms
 
 from allmlp.data import NAMES
 from allmlp.data.images import IMAGE_MODES
-from allmlp.data.labelled_images import PIXEL_LIMIT, LabelledImages, UnreadableImage, decode
+from allmlp.data.labelled_images import PIXEL_LIMIT, LabelledImages, Source, UnreadableImage, decode
+from allmlp.data.sampling import IGNORED
 from allmlp.errors import UserError
 
 ImageTransform = Any
 """A torchvision `Compose` from a PIL image to uint8 pixels `[C, H, W]`."""
 
 
-class ImageBatches(Dataset):
-    """A data set whose batch is made in one go.
+class BatchMaker:
+    """Makes batches of labelled images: `{"pixel_values": Float[B, C, H, W], "labels": Int[B], "names": list[str]}`.
 
-    `__getitems__(indices)` gives `{"pixel_values": Float[B, C, H, W], "labels": Int[B], "names": list[str]}`; where
-    images are mixed, the labels are `Float[B, classes]`. What is random about it depends on the seed, the epoch and the
-    batch's first index alone: not on the number of worker processes, and not on what happened before, so that a resumed
-    training sees the same pixels as one that was never interrupted.
+    Where images are mixed, the labels are `Float[B, classes]`. What is random about an image depends on the seed, the
+    epoch and its number alone, and what is mixed and erased on the batch's first number: not on how many processes
+    there are, and not on what happened before, so that a resumed training sees the same pixels as one never stopped.
+
+    Training (with a seed) goes on without an image that cannot be read; evaluation, whose processes must have batches
+    of one size, keeps its place with pixels of 0 and a label that does not count.
 
     Args:
-        images: The images and their classes.
         transform: From a PIL image to uint8 pixels of the model's size.
         mean: Subtracted from the pixels (after scaling them to 0…1), per channel.
         std: Divides them then, per channel.
@@ -47,7 +50,6 @@ class ImageBatches(Dataset):
 
     def __init__(
         self,
-        images: LabelledImages,
         transform: ImageTransform,
         *,
         mean: Sequence[float],
@@ -57,59 +59,105 @@ class ImageBatches(Dataset):
         seed: int | None = None,
         strict: bool = False,
     ):
-        self.images, self.transform, self.mix, self.erase, self.seed = images, transform, mix, erase, seed
-        self.strict = strict
+        self.transform, self.mix, self.erase, self.seed, self.strict = transform, mix, erase, seed, strict
         self.mode = IMAGE_MODES[len(mean)]
         self.shift = 255 * torch.tensor(mean).view(-1, 1, 1)
         self.scale = 1 / (255 * torch.tensor(std).view(-1, 1, 1))
         self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draws other augmentations from here on."""
+        self.epoch = epoch
+
+    def make_batch(self, images: Sequence[tuple[int, Source, int, str]]) -> tuple[dict[str, Any], list[int]]:
+        """A batch of images; and the numbers of those that cannot be read.
+
+        Args:
+            images: Each as its number, itself, its class and its name. Of no images the batch is one blank image whose
+                label does not count.
+
+        Raises:
+            UserError: `strict`, and an image cannot be read; or none of the images to train on can be.
+        """
+        pixels: list[UInt8[Tensor, "c h w"]] = []
+        labels: list[int] = []
+        names: list[str] = []
+        broken: list[int] = []
+        with contextlib.nullcontext() if self.seed is None else _random_state_kept():
+            for number, source, label, name in images:
+                self._reseed(number, 0)
+                try:
+                    pixels.append(self.transform(decode(source, self.mode)))
+                except UnreadableImage as error:
+                    if self.strict:
+                        raise UserError(f"{name} cannot be read as an image: {error}") from error
+                    broken.append(number)
+                    if self.seed is not None:
+                        continue
+                    pixels.append(self._blank())
+                    label = IGNORED
+                labels.append(label)
+                names.append(name)
+            if not images:
+                pixels, labels = [self._blank()], [IGNORED]
+            if not pixels:
+                raise UserError(f"A whole batch cannot be read; the first of it: {images[0][3]}.")
+            x_BCHW, targets = self.normalised(torch.stack(pixels)), torch.tensor(labels)
+            if images:
+                self._reseed(images[0][0], 1)
+            if self.mix is not None and len(labels) % 2 == 0:
+                x_BCHW, targets = self.mix(x_BCHW, targets)
+            if self.erase is not None:
+                x_BCHW = self.erase(x_BCHW)
+        return {"pixel_values": x_BCHW, "labels": targets, NAMES: names}, broken
+
+    def normalised(self, pixels: UInt8[Tensor, "*batch c h w"]) -> Float[Tensor, "*batch c h w"]:
+        """(pixels / 255 - mean) / std."""
+        return pixels.float().sub_(self.shift).mul_(self.scale)
+
+    def _blank(self) -> UInt8[Tensor, "c h w"]:
+        return torch.zeros_like(self.transform(Image.new(self.mode, (32, 32))))
+
+    def _reseed(self, number: int, purpose: int) -> None:
+        if self.seed is not None:
+            key = hash((self.seed, self.epoch, int(number), purpose)) % 2**63
+            random.seed(key)
+            np.random.seed(key % 2**32)  # noqa: NPY002 timm's mixup draws from it
+            # not torch.manual_seed, which would also set the accelerator's, where dropout draws
+            torch.default_generator.manual_seed(key)
+
+
+class ImageBatches(BatchMaker, Dataset):
+    """A data set whose batch is made in one go: `__getitems__(indices)` gives it as `BatchMaker` says.
+
+    Args:
+        images: The images and their classes.
+        transform: From a PIL image to uint8 pixels of the model's size.
+        settings: Further arguments of `BatchMaker`.
+    """
+
+    def __init__(self, images: LabelledImages, transform: ImageTransform, **settings: Any):
+        super().__init__(transform, **settings)
+        self.images = images
         # shared with the worker processes, which are the ones to find out
         self.broken = torch.zeros(len(images), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Draws other augmentations from here on."""
-        self.epoch = epoch
-
     def unreadable(self) -> list[str]:
-        """Names of the images found broken while they were decoded; their batches went without them."""
+        """Names of the images found broken while they were decoded."""
         return [self.images.names[index] for index in self.broken.nonzero().flatten().tolist()]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {name: value[0] for name, value in self.__getitems__([index]).items()}
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Any]:
-        random_state = contextlib.nullcontext() if self.seed is None else _seeded(self.seed, self.epoch, indices[0])
-        with random_state:
-            pixels, labels, names = [], [], []
-            for index in indices:
-                with contextlib.suppress(UnreadableImage):
-                    pixels.append(self._pixels(int(index)))
-                    labels.append(int(self.images.labels[index]))
-                    names.append(self.images.names[index])
-            if not pixels:
-                raise UserError(f"A whole batch cannot be read; the first of it: {self.images.names[indices[0]]}.")
-            x_BCHW, targets = self.normalised(torch.stack(pixels)), torch.tensor(labels)
-            if self.mix is not None and len(labels) % 2 == 0:
-                x_BCHW, targets = self.mix(x_BCHW, targets)
-            if self.erase is not None:
-                x_BCHW = self.erase(x_BCHW)
-            return {"pixel_values": x_BCHW, "labels": targets, NAMES: names}
-
-    def normalised(self, pixels: UInt8[Tensor, "*batch c h w"]) -> Float[Tensor, "*batch c h w"]:
-        """(pixels / 255 - mean) / std."""
-        return pixels.float().sub_(self.shift).mul_(self.scale)
-
-    def _pixels(self, index: int) -> UInt8[Tensor, "c h w"]:
-        try:
-            return self.transform(decode(self.images.sources[index], self.mode))
-        except UnreadableImage as error:
-            self.broken[index] = True
-            if self.strict:
-                raise UserError(f"{self.images.names[index]} cannot be read as an image: {error}") from error
-            raise
+        images = self.images
+        chosen = [(int(i), images.sources[i], int(images.labels[i]), images.names[i]) for i in indices]
+        batch, broken = self.make_batch(chosen)
+        self.broken[broken] = True
+        return batch
 
 
 def as_is(batch: Any) -> Any:
@@ -206,14 +254,9 @@ class _posterized:
 
 
 @contextlib.contextmanager
-def _seeded(*key: int) -> Iterator[None]:
-    """All three random states that transforms draw from, set from the key and put back afterwards."""
+def _random_state_kept() -> Iterator[None]:
+    """Puts all three random states that transforms draw from back afterwards."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 timm's mixup draws from it
-    words = np.random.SeedSequence(key).generate_state(3)
-    random.seed(int(words[0]))
-    np.random.seed(words[1])  # noqa: NPY002
-    # not torch.manual_seed, which would also set the accelerator's, where dropout draws
-    torch.default_generator.manual_seed(int(words[2]))
     try:
         yield
     finally:

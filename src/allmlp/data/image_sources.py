@@ -7,12 +7,21 @@ from typing import Any
 
 import numpy as np
 
-from allmlp.data.labelled_images import LabelledImages
+from allmlp.data.labelled_images import SUFFIXES, LabelledImages
+from allmlp.data.shards import (
+    KINDS,
+    TRAIN_NAMES,
+    VALIDATION_NAMES,
+    ImageShards,
+    Shards,
+    class_names,
+    find_shards,
+    first_columns,
+    measured,
+)
 from allmlp.errors import UserError
 
 DIGITS = "digits"
-TRAIN_NAMES = ("train", "training")
-VALIDATION_NAMES = ("validation", "valid", "val", "dev", "test", "eval")
 
 Found = tuple[tuple[str, ...], dict[str, LabelledImages]]
 """The classes, and the images of `train` and, where the data has one, of `validation`."""
@@ -27,13 +36,15 @@ def find(data: str, image_column: str | None = None, label_column: str | None = 
     if data == DIGITS:
         return digits()
     path = Path(data).expanduser()
+    shards = find_shards(data if "://" in data else str(path))
+    if shards:
+        return table(shards, data, image_column, label_column)
     if path.is_file():
-        if path.suffix != ".parquet":
-            raise UserError(f"{data} is a file; images come from a folder of class folders or a .parquet file.")
-        return table({"train": [str(path)]}, data, image_column, label_column)
+        raise UserError(
+            f"{data} is a file; images come from a folder of class folders, from .parquet or from .tar files."
+        )
     if path.is_dir():
-        parquet = parquet_splits(path)
-        return table(parquet, data, image_column, label_column) if parquet else folder(path)
+        return folder(path)
     if data.startswith((".", "/", "~")) or data.count("/") > 1 or (os.sep != "/" and os.sep in data):
         raise UserError(f"There is no file or folder {data}.")
     return hub(data, image_column, label_column)
@@ -103,19 +114,21 @@ def hub(name: str, image_column: str | None, label_column: str | None) -> Found:
 
 
 def table(files: Mapping[str, Sequence[str]], data: str, image_column: str | None, label_column: str | None) -> Found:
-    """Parquet files with a column of encoded images and one of classes.
+    """Shards with a column of encoded images and one of classes; those of tar files are copied into datasets' cache.
 
     Raises:
         UserError: They cannot be read, or have no such columns.
     """
     import datasets
 
+    kind = "webdataset" if next(iter(files.values()))[0].endswith(".tar") else "parquet"
     try:
-        loaded = datasets.load_dataset("parquet", data_files={name: list(paths) for name, paths in files.items()})
+        loaded = datasets.load_dataset(kind, data_files={name: list(paths) for name, paths in files.items()})
     except Exception as error:
         cause = error.__cause__ or error
-        broken = broken_shard(path for paths in files.values() for path in paths) or data
-        raise UserError(f"{broken} cannot be read as parquet: {str(cause).strip().splitlines()[0]}") from error
+        paths = [path for split in files.values() for path in split]
+        broken = (broken_shard(paths) if kind == "parquet" else None) or data
+        raise UserError(f"{broken} cannot be read as {kind}: {str(cause).strip().splitlines()[0]}") from error
     return _from_tables(loaded, data, image_column, label_column)
 
 
@@ -182,7 +195,7 @@ def _label_column(features: Mapping[str, Any], data: str, wanted: str | None) ->
 
     if wanted is not None:
         return _given_column(features, data, wanted)
-    for name in ("label", "labels", "class", "target"):
+    for name in ("label", "labels", "class", "cls", "target"):
         if name in features:
             return name
     typed = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
@@ -199,16 +212,72 @@ def _given_column(features: Mapping[str, Any], data: str, wanted: str) -> str:
     return wanted
 
 
-def parquet_splits(path: Path) -> dict[str, list[str]]:
-    """The parquet files of a folder by split, told from how their names begin; all are `train` where none says so."""
-    files = sorted(path.rglob("*.parquet"))
-    named = {
-        split: [str(file) for file in files if file.name.lower().startswith(prefixes)]
-        for split, prefixes in (("train", TRAIN_NAMES), ("validation", VALIDATION_NAMES))
-    }
-    if not named["train"]:
-        return {"train": [str(file) for file in files]} if files else {}
-    return {split: members for split, members in named.items() if members}
+def shards_to_stream(data: str, streaming: bool) -> dict[str, tuple[str, ...]]:
+    """The shards that `data` names and that are to be read one by one: tar files always, parquet files if asked for.
+
+    Raises:
+        UserError: Streaming is asked for, and there are no shards.
+    """
+    path = Path(data).expanduser()
+    found = find_shards(data if "://" in data else str(path))
+    if not found and streaming:
+        if data == DIGITS or path.exists():
+            raise UserError(f"{data} cannot be streamed: that takes .parquet or .tar files.")
+        found = hub_shards(data)
+    return found if streaming or (found and found["train"][0].endswith(".tar")) else {}
+
+
+def hub_shards(name: str) -> dict[str, tuple[str, ...]]:
+    """The addresses of a Hub dataset's shards, by split.
+
+    Raises:
+        UserError: It cannot be found, or has no shards.
+    """
+    import datasets
+
+    repository, _, configuration = name.partition(":")
+    try:
+        files = datasets.load_dataset_builder(repository, configuration or None).config.data_files or {}
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"'{name}' is no file or folder here, and no Hub dataset: {reason}") from error
+    splits = {}
+    for split, names in (("train", TRAIN_NAMES), ("validation", VALIDATION_NAMES)):
+        found = next((files[name] for name in names if name in files), ())
+        if found:
+            splits[split] = tuple(found)
+    if not splits.get("train") or not splits["train"][0].endswith(KINDS):
+        raise UserError(f"The Hub's {name} has no .parquet or .tar files to train on, and cannot be streamed.")
+    return splits
+
+
+def streamed(files: Sequence[str], data: str, image_column: str | None, label_column: str | None) -> tuple[Any, Any]:
+    """The classes and the images of shards, without reading the images.
+
+    Classes come from the column's type, from `classnames.txt` beside the shards, or from looking at all labels.
+
+    Raises:
+        UserError: They cannot be read, or have no such columns.
+    """
+    import datasets
+
+    columns = first_columns(files[0])
+    if files[0].endswith(".tar"):
+        endings = [ending for ending in columns if f".{ending}" in SUFFIXES]
+        image = _given_column(columns, data, image_column or next(iter(endings), "jpg"))
+    else:
+        image = _image_column(columns, data, image_column)
+    label = _label_column(columns, data, label_column)
+    classes = class_names(files[0])
+    if isinstance(columns[label], datasets.ClassLabel):
+        classes = tuple(columns[label].names)
+    sizes, values = measured(files, None if classes else label)
+    names = tuple(str(value) for value in values) if classes is None else classes
+    index: dict[Any, int] = {value: place for place, value in enumerate(values if classes is None else names)}
+    if classes is not None:
+        index |= {place: place for place in range(len(names))}
+    shards = Shards(files=tuple(files), sizes=sizes, columns=(image, label))
+    return names, ImageShards(shards=shards, image=image, label=label, index=index)
 
 
 def broken_shard(files: Iterable[str | Path]) -> str | Path | None:

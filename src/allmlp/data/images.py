@@ -2,12 +2,14 @@
 
 import dataclasses
 import logging
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from tqdm import tqdm
 
 from allmlp.data import image_sources
 from allmlp.data.labelled_images import LabelledImages, UnreadableImage, decode, read_header
+from allmlp.data.shards import ImageShards
 from allmlp.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -23,13 +25,13 @@ class ImageData:
 
     Attributes:
         classes: The classes' names; a label is an index into them.
-        train: What is learnt from.
+        train: What is learnt from; where it streams, its shards.
         validation: What is held out.
         unreadable: Names of the images left out because they could not be read, each with the reason.
     """
 
     classes: tuple[str, ...]
-    train: LabelledImages
+    train: LabelledImages | ImageShards
     validation: LabelledImages
     unreadable: tuple[str, ...]
 
@@ -52,16 +54,21 @@ def load_images(
     strict: bool = False,
     image_column: str | None = None,
     label_column: str | None = None,
+    streaming: bool = False,
 ) -> ImageData:
     """The data to train on, with something held out; arguments and errors as those of `read_images`, and:
 
     Args:
         holdout: Share of each class held out where the data has no validation split of its own.
         seed: Seed of that cut.
+        streaming: Read what is learnt from shard by shard as it is needed; tar files always are.
 
     Raises:
-        UserError: There are fewer than two classes, or a class has too few images.
+        UserError: There are fewer than two classes, a class has too few images, or a stream has no validation split.
     """
+    shards = image_sources.shards_to_stream(data, streaming)
+    if shards:
+        return _streamed(shards, data, channels, strict, image_column, label_column)
     found = read_images(data, channels=channels, strict=strict, image_column=image_column, label_column=label_column)
     classes, train = found.classes, found.splits["train"]
     if len(classes) < 2:
@@ -79,6 +86,34 @@ def load_images(
     else:
         train, validation = hold_out(train, holdout, seed)
     return ImageData(classes=classes, train=train, validation=validation, unreadable=found.unreadable)
+
+
+def _streamed(
+    shards: Mapping[str, Sequence[str]],
+    data: str,
+    channels: int,
+    strict: bool,
+    image_column: str | None,
+    label_column: str | None,
+) -> ImageData:
+    if "validation" not in shards:
+        raise UserError(
+            f"{data} streams, so that nothing is held out of it: give shards for validation, such as val-0000.tar."
+        )
+    columns = (data, image_column, label_column)
+    classes, train = image_sources.streamed(shards["train"], *columns)
+    names, splits = image_sources.table({"train": shards["validation"]}, *columns)
+    strange = [name for name in names if name not in classes]
+    if strange:
+        raise UserError(f"Validation has classes that training has not: {', '.join(strange[:8])}.")
+    validation, broken = read_all(splits["train"], IMAGE_MODES[channels], strict)
+    labels = np.array([classes.index(name) for name in names])[validation.labels]
+    return ImageData(
+        classes=classes,
+        train=train,
+        validation=dataclasses.replace(validation, labels=labels),
+        unreadable=tuple(f"{image} ({reason})" for image, reason in broken.items()),
+    )
 
 
 def read_images(

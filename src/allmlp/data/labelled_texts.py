@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import Dataset
 
 from allmlp.data import NAMES
+from allmlp.data.sampling import ignored
 from allmlp.data.text_sources import Documents, read_tables, text_and_label
 from allmlp.errors import UserError
 
@@ -124,6 +125,8 @@ class TextBatches(Dataset):
         return self.__getitems__([index])
 
     def __getitems__(self, indices: list[int]) -> dict[str, Any]:
+        if not indices:
+            return ignored(self.__getitems__([0]))
         chosen = self.texts.subset(indices)
         # An empty text is a text too: one end-of-text token.
         texts = [text or self.tokenizer.eos_token for text in chosen.texts]

@@ -13,11 +13,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from allmlp.data import NAMES
+from allmlp.data.sampling import IGNORED, ignored
 from allmlp.data.text_sources import find_texts
 from allmlp.data.tokenization import Tokens, encode, make_tokenizer
 from allmlp.errors import UserError
-
-IGNORED = -100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,12 +25,12 @@ class TextData:
 
     Attributes:
         tokenizer: a tokenizer of transformers.
-        train: what is learnt from.
+        train: what is learnt from; where it streams, its shards (`allmlp.data.text_stream.TextShards`).
         validation: what is held out.
     """
 
     tokenizer: Any
-    train: Tokens
+    train: Any
     validation: Tokens
 
 
@@ -150,6 +149,8 @@ class TokenWindows(Dataset):
         return self.__getitems__([index])
 
     def __getitems__(self, indices: list[int]) -> dict[str, Any]:
+        if not indices:
+            return ignored(self.__getitems__([0]))
         places = np.asarray(indices)[:, None] * self.stride + np.arange(self.context) + self.offset
         missing = torch.from_numpy(places >= self.positions) if self.seed is None else None
         places %= self.positions

@@ -9,17 +9,27 @@ import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from allmlp.data.image_sources import TRAIN_NAMES, VALIDATION_NAMES, broken_shard, parquet_splits
+from allmlp.data.image_sources import broken_shard
+from allmlp.data.shards import TRAIN_NAMES, VALIDATION_NAMES, find_shards
 from allmlp.errors import UserError
 
 STDLIB = "python-stdlib"
-TEXT_COLUMNS = ("text", "content", "sentence", "document", "review")
+TEXT_COLUMNS = ("text", "txt", "content", "sentence", "document", "review")
 # Read of a file at a time; what ends in it is never cut inside a line.
 _PIECE = 2**22
+
+
+class Readable(Protocol):
+    """Text in parts, which are `separated` where they have nothing to do with each other."""
+
+    @property
+    def separated(self) -> bool: ...
+
+    def __iter__(self) -> Iterator[str]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +183,9 @@ def read_tables(data: str) -> dict[str, Any]:
             kind = "csv" if path.suffix == ".csv" else "parquet"
             found = datasets.load_dataset(kind, data_files={"train": str(path)})
         elif path.is_dir():
-            found = datasets.load_dataset("parquet", data_files=parquet_splits(path))
+            found = datasets.load_dataset(
+                "parquet", data_files={name: list(files) for name, files in find_shards(str(path)).items()}
+            )
         elif data.startswith((".", "/", "~")) or data.count("/") > 1 or (os.sep != "/" and os.sep in data):
             raise UserError(f"There is no file or folder {data}.")
         else:
@@ -194,6 +206,15 @@ def read_tables(data: str) -> dict[str, Any]:
     validation = next((name for name in VALIDATION_NAMES if name in found), None)
     chosen = {"train": train, "validation": validation if validation != train else None}
     return {split: found[name] for split, name in chosen.items() if name}
+
+
+def find_text_column(columns: Sequence[str], data: str, wanted: str | None) -> str:
+    """The column of texts: the one given, or one with a usual name.
+
+    Raises:
+        UserError: There is none.
+    """
+    return _column(columns, data, wanted, TEXT_COLUMNS, "text", "--text-column")
 
 
 def text_and_label(columns: Sequence[str], data: str, text: str | None, label: str | None) -> tuple[str, str]:

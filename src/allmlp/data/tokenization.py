@@ -11,7 +11,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from allmlp.data.text_sources import TextFile, Texts
+from allmlp.data.text_sources import Readable, TextFile
 from allmlp.errors import UserError
 
 BYTES, CHARACTERS = "bytes", "characters"
@@ -40,7 +40,7 @@ class Tokens:
         return len(self.ids)
 
 
-def make_tokenizer(name: str, texts: Iterable[Texts], *, trained_size: int | None = None) -> PreTrainedTokenizerFast:
+def make_tokenizer(name: str, texts: Iterable[Readable], *, trained_size: int | None = None) -> PreTrainedTokenizerFast:
     """The tokenizer that `name` asks for, with an end-of-text token, which also pads, and a mask token.
 
     Args:
@@ -120,7 +120,7 @@ def load_tokenizer(name: str | Path) -> Any:
         ) from error
 
 
-def encode(texts: Texts, tokenizer: Any) -> Tokens:
+def encode(texts: Readable, tokenizer: Any) -> Tokens:
     """All of a text as tokens, an end-of-text token behind each of several documents.
 
     The tokens lie in a temporary file, so that a text may be larger than memory; bytes of a plain file are not copied.
@@ -155,6 +155,11 @@ def encode(texts: Texts, tokenizer: Any) -> Tokens:
         # the map keeps the nameless file alive
         ids = np.memmap(file, dtype=dtype, mode="r", shape=(count,)) if count else np.empty(0, dtype)
     return Tokens(ids=ids, characters=characters, bytes=size, unknown=unknown)
+
+
+def token_ids(texts: list[str], tokenizer: Any) -> Iterator[np.ndarray]:
+    """The tokens of each text, without any around it."""
+    return _encoded(texts, tokenizer, tokenizer.init_kwargs.get(_UNIT))
 
 
 def _encoded(batch: list[str], tokenizer: Any, unit: str | None) -> Iterator[np.ndarray]:
@@ -196,7 +201,7 @@ def _bytes(**settings: Any) -> PreTrainedTokenizerFast:
     )
 
 
-def _characters(texts: Iterable[Texts]) -> PreTrainedTokenizerFast:
+def _characters(texts: Iterable[Readable]) -> PreTrainedTokenizerFast:
     """A token for each character of the texts, in the order of their code points."""
     alphabet: set[str] = set()
     for part in texts:
@@ -216,7 +221,7 @@ def _characters(texts: Iterable[Texts]) -> PreTrainedTokenizerFast:
     )
 
 
-def _trained(texts: Iterable[Texts], size: int) -> PreTrainedTokenizerFast:
+def _trained(texts: Iterable[Readable], size: int) -> PreTrainedTokenizerFast:
     if size < 257:
         raise UserError(f"a trained tokenizer needs at least 257 tokens, for all bytes and the end of text; got {size}")
     backend = Tokenizer(models.BPE())

@@ -361,7 +361,7 @@ class GMLPForSequenceClassification(GMLPPreTrainedModel):
         logits = self.score(self.dropout(self._pooled(outputs.last_hidden_state, attention_mask)))
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config, **kwargs)
         return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
     def _pooled(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:

@@ -8,14 +8,15 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_model, save_model
-from timm.utils import ModelEmaV3
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
@@ -101,21 +102,24 @@ class Progress(TrainerCallback):
 
 
 class DataEpoch(TrainerCallback):
-    """Tells a data set which epoch begins; Accelerate does so only where one process runs an epoch from its start.
+    """Tells the training data, and the order it is taken in, which epoch begins.
 
     Args:
-        data: The training data, with `set_epoch`.
+        parts: What has `set_epoch`.
     """
 
-    def __init__(self, data: Any):
-        self.data = data
+    def __init__(self, parts: Sequence[Any]):
+        self.parts = parts
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.data.set_epoch(int((state.epoch or 0) + 1e-6))
+        for part in self.parts:
+            part.set_epoch(int((state.epoch or 0) + 1e-6))
 
 
 class AveragedWeights(TrainerCallback):
     """An exponential moving average of the weights, saved with every checkpoint.
+
+    Of sharded weights each process averages its own shards.
 
     Args:
         decay: The average's decay per optimiser step; it starts lower and rises to this (timm's warm-up).
@@ -124,32 +128,40 @@ class AveragedWeights(TrainerCallback):
 
     def __init__(self, decay: float, resume_from: Path | None = None):
         self.decay, self.resume_from = decay, resume_from
-        self.average: ModelEmaV3 | None = None
+        self.average: dict[str, Tensor] = {}
 
+    @torch.no_grad()
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self.average = ModelEmaV3(model, decay=self.decay, use_warmup=True)
+        self.average = {name: tensor.clone() for name, tensor in _weights(model).items()}
         if self.resume_from is not None:
-            load_model(self.average.module, self.resume_from / EMA_WEIGHTS)
+            for name, tensor in load_file(self.resume_from / EMA_WEIGHTS).items():
+                _fill(self.average[name], tensor)
 
+    @torch.no_grad()
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        assert self.average is not None
-        self.average.update(model, step=state.global_step)
+        # timm's warm-up
+        decay = min(self.decay, 1 - state.global_step ** (-2 / 3))
+        live = [_local(tensor) for tensor in _weights(model).values()]
+        average = [_local(tensor) for tensor in self.average.values()]
+        fractions = [tensor.is_floating_point() for tensor in average]
+        torch._foreach_lerp_(list(compress(average, fractions)), list(compress(live, fractions)), 1 - decay)
+        for averaged, tensor, is_fraction in zip(average, live, fractions, strict=True):
+            if not is_fraction:
+                averaged.copy_(tensor)
 
     def save(self, checkpoint: Path) -> None:
-        """Writes the average into a checkpoint."""
-        assert self.average is not None
-        save_model(self.average.module, str(checkpoint / EMA_WEIGHTS))
+        """Writes the average into a checkpoint; all processes take part in gathering what is sharded."""
+        whole = {name: _whole(tensor).contiguous() for name, tensor in self.average.items()}
+        if is_first_process():
+            save_file(whole, checkpoint / EMA_WEIGHTS)
 
     @torch.no_grad()
     def swap(self, model: nn.Module) -> None:
         """Exchanges the model's weights and the average; once more puts them back."""
-        if self.average is not None:
-            for live, averaged in zip(
-                model.state_dict().values(), self.average.module.state_dict().values(), strict=True
-            ):
-                kept = live.clone()
-                live.copy_(averaged)
-                averaged.copy_(kept)
+        for name, live in _weights(model).items() if self.average else ():
+            kept = live.clone()
+            live.copy_(self.average[name])
+            self.average[name].copy_(kept)
 
     @contextlib.contextmanager
     def swapped(self, model: nn.Module) -> Iterator[None]:
@@ -159,6 +171,27 @@ class AveragedWeights(TrainerCallback):
             yield
         finally:
             self.swap(model)
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """A model's state, tied weights once."""
+    names = {name for part in (model.named_parameters(), model.named_buffers()) for name, _ in part}
+    return {name: tensor for name, tensor in model.state_dict().items() if name in names}
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _fill(tensor: Tensor, whole: Tensor) -> None:
+    """Puts a whole tensor into one that may be sharded."""
+    if isinstance(tensor, DTensor):
+        whole = distribute_tensor(whole.to(tensor.device), tensor.device_mesh, tensor.placements)
+    tensor.copy_(whole)
 
 
 class TensorBoard(TensorBoardCallback):
@@ -176,24 +209,24 @@ class TensorBoard(TensorBoardCallback):
 
         self.writer = SummaryWriter(str(directory), purge_step=resumed_at) if is_first_process() else None
         super().__init__(self.writer)
-        self.module, self.example = module, example
+        # now, while the model is whole: once it is sharded, no process can run it alone
+        if self.writer is not None:
+            self._draw(self.writer, module, example)
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
-        if self.writer is None:
-            return
-        training = self.module.training
-        device = next(self.module.parameters()).device
+    @staticmethod
+    def _draw(writer: Any, module: nn.Module, example: Tensor) -> None:
+        training = module.training
+        device = next(module.parameters()).device
         try:
             with warnings.catch_warnings(), torch.no_grad():
                 # drawing traces the model, which torch calls deprecated and the models' shape checks make it mention
                 warnings.simplefilter("ignore")
-                self.writer.add_graph(self.module.eval(), self.example.to(device))
+                writer.add_graph(module.eval(), example.to(device))
         # a model that cannot be traced still trains
         except Exception as error:
             _log.info("TensorBoard gets no graph: %s", str(error).strip().splitlines()[0])
         finally:
-            self.module.train(training)
+            module.train(training)
 
 
 class Interruption(TrainerCallback):

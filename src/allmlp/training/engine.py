@@ -1,5 +1,6 @@
 """The Hugging Face Trainer as every training here uses it: from a recipe, resumable, with averaged weights."""
 
+import copy
 import logging
 import os
 import platform
@@ -14,13 +15,18 @@ import timm
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from allmlp._version import __version__
 from allmlp.checkpoints import run_directory
 from allmlp.data import NAMES
-from allmlp.distributed import is_first_process, is_restarted
+from allmlp.data.sampling import IGNORED, ShuffledBatches
+from allmlp.distributed import is_first_process, is_restarted, process_count
 from allmlp.errors import Interrupted, UserError
 from allmlp.training.callbacks import (
     EMA_WEIGHTS,
@@ -76,7 +82,7 @@ class Engine(Trainer):
         per_step = recipe.batch_size * recipe.accumulate * arguments.world_size * per_example
         self.progress = Progress(unit, per_step)
         self.averaged = AveragedWeights(recipe.ema, resume_from) if recipe.ema else None
-        optimizer = torch.optim.AdamW(
+        self.adamw = torch.optim.AdamW(
             parameters,
             lr=recipe.lr,
             betas=(recipe.beta1, recipe.beta2),
@@ -85,24 +91,35 @@ class Engine(Trainer):
             fused=arguments.device.type in ("cpu", "cuda"),
         )
         own: list[Any] = [self.progress, self.interruption, *([self.averaged] if self.averaged else [])]
-        if hasattr(others.get("train_dataset"), "set_epoch"):
-            own.append(DataEpoch(others["train_dataset"]))
-        super().__init__(
-            model=model.to(arguments.device),
-            args=arguments,
-            optimizers=(optimizer, None),
-            callbacks=[*own, *callbacks],
-            **others,
-        )
+        data = others["train_dataset"]
+        self.order = None
+        if not isinstance(data, IterableDataset):
+            self.order = ShuffledBatches(
+                len(data),
+                recipe.batch_size,
+                seed=recipe.seed,
+                process=arguments.process_index,
+                processes=arguments.world_size,
+            )
+        own.append(DataEpoch([part for part in (self.order, data) if hasattr(part, "set_epoch")]))
+        super().__init__(model=model.to(arguments.device), args=arguments, callbacks=[*own, *callbacks], **others)
         self.remove_callback(PrinterCallback)
+        # nothing of the kind can be made of the sharded model
+        self.whole = copy.deepcopy(self._weights()) if self.is_fsdp_enabled else None
 
-    def run(self) -> None:
-        """Trains to the end; afterwards the model has the averaged weights where the recipe asks for them.
+    def run(self) -> Any:
+        """Trains to the end.
+
+        Returns:
+            The model, with the averaged weights where the recipe asks for them; of a sharded model a whole copy, which
+            the first process alone has the weights of.
 
         Raises:
             Interrupted: It was asked to stop and has saved a checkpoint.
             Diverged: The loss or its gradient is no number.
         """
+        # what is drawn in the model, such as dropout, is drawn anew in each process
+        torch.manual_seed(self.args.seed + self.args.process_index)
         with self.interruption.listening():
             self.train(resume_from_checkpoint=str(self.resume_from) if self.resume_from else None)
         if self.interruption.asked or self.state.global_step < self.state.max_steps:
@@ -113,6 +130,40 @@ class Engine(Trainer):
             )
         if self.averaged:
             self.averaged.swap(self._weights())
+        if self.whole is None:
+            return self._weights()
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_model_state_dict(self._weights(), options=options)
+        if self.is_world_process_zero():
+            self.whole.load_state_dict(state)
+        return self.whole
+
+    def create_optimizer(self, *arguments: Any) -> torch.optim.Optimizer:
+        """The recipe's AdamW; it cannot be given to a Trainer that shards."""
+        self.optimizer = self.adamw
+        return self.optimizer
+
+    def get_train_dataloader(self) -> DataLoader:
+        """This process's batches: the data is shared out already, and Accelerate need not do it."""
+        how: dict[str, Any] = {"batch_size": None} if self.order is None else {"batch_sampler": self.order}
+        data: Any = self.train_dataset
+        return DataLoader(
+            data,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            **how,
+        )
+
+    def evaluation_loop(self, *arguments: Any, metric_key_prefix: str = "eval", **settings: Any) -> Any:
+        """The Trainer's evaluation, but its loss is the mean over all examples, each counted once."""
+        output: Any = super().evaluation_loop(*arguments, metric_key_prefix=metric_key_prefix, **settings)
+        output.metrics[f"{metric_key_prefix}_loss"] = self.held_out_loss(output.predictions, output.label_ids)
+        return output
+
+    def held_out_loss(self, predictions: Any, labels: Any) -> float:
+        """The loss, in nats, of what `prediction_step` gave for all of the held-out examples."""
+        return F.cross_entropy(torch.from_numpy(predictions), torch.from_numpy(labels), ignore_index=IGNORED).item()
 
     @property
     def course(self) -> dict[str, Any]:
@@ -161,6 +212,8 @@ class Engine(Trainer):
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
         losses, names = zip(*self.batches, strict=True)
         self.batches = []
         number = self.state.global_step + 1
@@ -201,9 +254,9 @@ class Engine(Trainer):
         self.place = str(unfinished.parent)
         try:
             super()._save_checkpoint(model, trial)
+            if self.averaged:
+                self.averaged.save(unfinished)
             if self.is_world_process_zero():
-                if self.averaged:
-                    self.averaged.save(unfinished)
                 if self.state.best_global_step:
                     best = f"{run_directory.CHECKPOINT}{self.state.best_global_step}"
                     self.state.best_model_checkpoint = str(output / best)
@@ -227,6 +280,9 @@ def training_arguments(recipe: Recipe, output: Path, workers: int = 0, best: str
     if recipe.eval_every:
         rhythm = {"eval_strategy": "steps", "save_strategy": "steps"}
         rhythm |= {"eval_steps": recipe.eval_every, "save_steps": recipe.eval_every}
+    sharding: dict[str, Any] = {}
+    if recipe.fsdp and process_count() > 1:
+        sharding = {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}}
     schedule: dict[str, Any] = {"lr_scheduler_type": recipe.schedule}
     if recipe.schedule == "constant":
         schedule = {"lr_scheduler_type": "constant_with_warmup"}
@@ -258,6 +314,7 @@ def training_arguments(recipe: Recipe, output: Path, workers: int = 0, best: str
         disable_tqdm=True,
         report_to=[],
         log_level="error",
+        **sharding,
         **rhythm,
         **schedule,
     )

@@ -17,6 +17,7 @@ from allmlp.checkpoints.run_directory import TimmModel
 from allmlp.data.image_batches import ImageBatches, as_is, evaluation_transform
 from allmlp.data.images import IMAGE_MODES, load_images, read_all, read_images
 from allmlp.data.labelled_images import SUFFIXES, LabelledImages
+from allmlp.data.sampling import IGNORED
 from allmlp.errors import UserError
 from allmlp.tables import table
 from allmlp.training.recipe import VisionRecipe, make_recipe, read_settings
@@ -51,8 +52,9 @@ def logits_of(
         for batch in tqdm(loader, desc="evaluating", unit=" batches", leave=False, disable=None, delay=1)
     ]
     model.train(training)
-    logits, labels = zip(*results, strict=True)
-    return torch.cat(logits), torch.cat(labels)
+    logits, labels = (torch.cat(parts) for parts in zip(*results, strict=True))
+    readable = labels != IGNORED
+    return logits[readable], labels[readable]
 
 
 def accuracy_of(
@@ -126,7 +128,15 @@ def evaluate(
     columns = {"image_column": recipe.image_column, "label_column": recipe.label_column} if recipe else {}
     channels = cfg["input_size"][0]
     if recipe and _same(data, recipe.data):
-        seen = load_images(data, holdout=recipe.holdout, seed=recipe.seed, channels=channels, strict=strict, **columns)
+        seen = load_images(
+            data,
+            holdout=recipe.holdout,
+            seed=recipe.seed,
+            channels=channels,
+            strict=strict,
+            streaming=recipe.streaming,
+            **columns,
+        )
         names, images, part = seen.classes, seen.validation, "held out"
     else:
         found = read_images(data, channels=channels, strict=strict, **columns)

@@ -1,18 +1,24 @@
 """From a language recipe to a trained run directory: causal and masked language models, classifiers of texts."""
 
+import functools
 import logging
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import set_seed
 
 from allmlp.checkpoints import run_directory
 from allmlp.data.image_batches import as_is
 from allmlp.data.labelled_texts import TextBatches, load_labelled_texts
-from allmlp.data.text import Masking, TokenWindows, load_text
-from allmlp.data.tokenization import BYTES, fitting_tokenizer, make_tokenizer
+from allmlp.data.sampling import IGNORED
+from allmlp.data.text import Masking, TextData, TokenWindows, load_text
+from allmlp.data.text_stream import TokenStream, streamed_text
+from allmlp.data.tokenization import BYTES, Tokens, fitting_tokenizer, make_tokenizer
+from allmlp.distributed import process_count, process_index
 from allmlp.errors import UserError
 from allmlp.language import GMLPConfig, GMLPForCausalLM, GMLPForMaskedLM, GMLPForSequenceClassification
 from allmlp.training import language_report
@@ -23,6 +29,24 @@ from allmlp.training.language_evaluation import classify, in_texts, model_tokeni
 from allmlp.training.recipe import CausalRecipe, LanguageRecipe, MaskedRecipe, TextClassificationRecipe
 
 _log = logging.getLogger(__name__)
+
+
+class WindowsEngine(Engine):
+    """The Trainer for windows of text; its held-out loss counts each token once."""
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Any, Any, Any]:
+        found: Any = super().prediction_step(model, inputs, False, ignore_keys)
+        loss, logits, _ = found
+        labels = inputs["labels"].to(logits.device)
+        nats = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none").sum(1)
+        return loss, torch.stack([nats, (labels != IGNORED).sum(1)], dim=1), None
+
+    def held_out_loss(self, predictions: Any, labels: Any) -> float:
+        nats, tokens = predictions.sum(0, dtype="float64")
+        return float(nats / tokens)
+
 
 _MODELS: dict[str, Any] = {
     CausalRecipe.task: GMLPForCausalLM,
@@ -80,15 +104,15 @@ def summary(metrics: dict[str, Any], output: Path) -> str:
 def _train_language_model(
     recipe: LanguageRecipe, output: Path, start: Any, tokenizer: Any, resume: bool, overwrite: bool
 ) -> dict[str, Any]:
-    data = load_text(
+    load = streamed_text if recipe.streaming else functools.partial(load_text, holdout=recipe.holdout)
+    data = load(
         str(recipe.data),
         tokenizer=tokenizer,
         tokenizer_name=recipe.tokenizer or BYTES,
         trained_size=recipe.train_tokenizer,
-        holdout=recipe.holdout,
         text_column=recipe.text_column,
     )
-    for part in (data.train, data.validation):
+    for part in (part for part in (data.train, data.validation) if isinstance(part, Tokens)):
         if part.unknown:
             _log.warning("%d tokens of %s stand for text the tokenizer does not know", part.unknown, recipe.data)
     config = planned_config(recipe, start, data.tokenizer)
@@ -98,22 +122,23 @@ def _train_language_model(
         masking = Masking(
             share=recipe.mask_share, mask_token=data.tokenizer.mask_token_id, vocabulary=len(data.tokenizer)
         )
-    training = TokenWindows(data.train, context, masking=masking, seed=recipe.seed)
+    training = _training_windows(recipe, data, context, masking)
     held_out = TokenWindows(data.validation, context, masking=masking)
     model = build_model(recipe, config, start)
     resume_from = prepare_output(output, recipe, resume=resume, overwrite=overwrite)
     _log.info(
-        "%s, %s parameters, %d tokens at once: %s tokens to learn from, %s held out, vocabulary of %d, %s",
+        "%s, %s parameters, %d tokens at once: %s %s to learn from, %s tokens held out, vocabulary of %d, %s",
         type(model).__name__,
         f"{model.num_parameters():,}",
         context,
         f"{len(data.train):,}",
+        "tokens" if isinstance(data.train, Tokens) else "documents",
         f"{len(data.validation):,}",
         len(data.tokenizer),
         chosen_precision(recipe.precision),
     )
-    engine = _engine(recipe, output, model, training, held_out, "tokens", context, resume_from)
-    engine.run()
+    engine = _engine(WindowsEngine, recipe, output, model, training, held_out, "tokens", context, resume_from)
+    model = engine.run()
     if not engine.is_world_process_zero():
         return {}
     run_directory.save_language(output, model, data.tokenizer)
@@ -122,6 +147,27 @@ def _train_language_model(
     metrics = {**_common_metrics(recipe, engine, model, "tokens"), **measures}
     return _finish(
         output, metrics, language_report.write(output / run_directory.REPORT, metrics, model, data.tokenizer)
+    )
+
+
+def _training_windows(
+    recipe: LanguageRecipe, data: TextData, context: int, masking: Masking | None
+) -> TokenWindows | TokenStream:
+    if isinstance(data.train, Tokens):
+        return TokenWindows(data.train, context, masking=masking, seed=recipe.seed)
+    if recipe.max_steps is None:
+        raise UserError("How many tokens a stream holds is not known: say how long to learn from it (--max-steps).")
+    return TokenStream(
+        data.train,
+        data.tokenizer,
+        context,
+        batch_size=recipe.batch_size,
+        batches=recipe.max_steps * recipe.accumulate,
+        seed=recipe.seed,
+        buffer=recipe.shuffle_buffer,
+        process=process_index(),
+        processes=process_count(),
+        masking=masking,
     )
 
 
@@ -154,9 +200,9 @@ def _train_classifier(
         chosen_precision(recipe.precision),
     )
     engine = _engine(
-        recipe, output, model, training, held_out, "texts", 1, resume_from, compute_metrics=_accuracy_metric
+        Engine, recipe, output, model, training, held_out, "texts", 1, resume_from, compute_metrics=_accuracy_metric
     )
-    engine.run()
+    model = engine.run()
     if not engine.is_world_process_zero():
         return {}
     run_directory.save_language(output, model, tokenizer)
@@ -263,6 +309,7 @@ def _given_tokenizer(recipe: LanguageRecipe, start: Any) -> Any:
 
 
 def _engine(
+    kind: type[Engine],
     recipe: LanguageRecipe,
     output: Path,
     model: Any,
@@ -275,7 +322,7 @@ def _engine(
 ) -> Engine:
     resumed_at = run_directory.checkpoint_step(resume_from) if resume_from else 0
     board = TensorBoard(output / "tensorboard", _Logits(model), held_out[0]["input_ids"], resumed_at)
-    return Engine(
+    return kind(
         recipe,
         output,
         model,

@@ -16,7 +16,8 @@ from tqdm import tqdm
 from allmlp.checkpoints import run_directory
 from allmlp.data.image_batches import as_is
 from allmlp.data.labelled_texts import LabelledTexts, TextBatches, load_labelled_texts, read_labelled_texts
-from allmlp.data.text import IGNORED, Masking, TokenWindows
+from allmlp.data.sampling import IGNORED
+from allmlp.data.text import Masking, TokenWindows
 from allmlp.data.text_sources import find_texts
 from allmlp.data.tokenization import Tokens, encode, load_tokenizer
 from allmlp.errors import UserError

@@ -74,7 +74,10 @@ class Recipe:
     precision: str = option(
         "auto", "auto: bf16 where the device computes in it, else fp32", choices=("auto", "bf16", "fp32")
     )
+    fsdp: bool = option(False, "shard weights, gradients and optimiser state over the processes (FSDP2)")
     compile: bool = option(False, "compile the model with torch.compile")
+    streaming: bool = option(False, "read shards one by one as they are needed; .tar files of images always are")
+    shuffle_buffer: int = option(1000, "examples that each worker shuffles at a time, where they stream")
     workers: int | None = option(None, "processes that prepare data; by default as many as help")
     seed: int = option(0, "seed of the weights, the order, the augmentation and the automatic split")
 
@@ -85,6 +88,7 @@ class Recipe:
             object.__setattr__(self, field.name, value)
         self._require("positive", lambda v: v > 0, "epochs", "lr")
         self._require("at least 1", lambda v: v >= 1, "batch_size", "accumulate", "log_every", "keep", "max_steps")
+        self._require("at least 1", lambda v: v >= 1, "shuffle_buffer")
         self._require("at least 0", lambda v: v >= 0, "min_lr", "warmup", "weight_decay", "clip", "eval_every")
         self._require("at least 0", lambda v: v >= 0, "workers", "adam_eps")
         self._require("from 0 to 4294967295", lambda v: 0 <= v < 2**32, "seed")

@@ -19,7 +19,12 @@ from allmlp.checkpoints.architecture import PREPARATION, VisionArchitecture
 from allmlp.checkpoints.pretrained import Pretrained, find_pretrained
 from allmlp.checkpoints.run_directory import TimmModel
 from allmlp.data.image_batches import ImageBatches, as_is, training_transform
+from allmlp.data.image_stream import ImageStream
 from allmlp.data.images import ImageData, load_images
+from allmlp.data.labelled_images import LabelledImages
+from allmlp.data.sampling import IGNORED
+from allmlp.data.shards import Share
+from allmlp.distributed import process_count, process_index
 from allmlp.errors import UserError, shown
 from allmlp.training import report
 from allmlp.training.callbacks import TensorBoard
@@ -38,6 +43,15 @@ class VisionEngine(Engine):
     def __init__(self, *arguments: Any, label_smoothing: float, **settings: Any):
         self.label_smoothing = label_smoothing
         super().__init__(*arguments, **settings)
+        # so the Trainer leaves it to the loss to take the mean over all images of a step
+        self.model_accepts_loss_kwargs = True
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor:
+        # mixed labels all count
+        labels = [batch["labels"] for batch in batch_samples]
+        counts = [len(part) if part.ndim == 2 else int((part != IGNORED).sum()) for part in labels]
+        count = torch.tensor(sum(counts), device=device)
+        return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -46,13 +60,21 @@ class VisionEngine(Engine):
         labels = inputs["labels"]
         # mixed labels are smooth already
         smoothing = self.label_smoothing if model.training and labels.ndim == 1 else 0.0
-        loss = F.cross_entropy(outputs.logits.float(), labels, label_smoothing=smoothing)
+        total = F.cross_entropy(
+            outputs.logits.float(), labels, label_smoothing=smoothing, ignore_index=IGNORED, reduction="sum"
+        )
+        # processes hold differently many images, and their gradients are averaged
+        loss = total * self.args.world_size / num_items_in_batch
         return (loss, outputs) if return_outputs else loss
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         # a checkpoint is a run directory too: under timm's own names, and nothing pickled
         if self.args.should_save:
-            run_directory.save_classifier(self._weights(), output_dir or str(self.args.output_dir))
+            model = self._weights()
+            if self.whole is not None and state_dict is not None:
+                model = self.whole
+                model.load_state_dict(state_dict)
+            run_directory.save_classifier(model, output_dir or str(self.args.output_dir))
 
 
 def train(recipe: VisionRecipe, output: str | Path, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
@@ -85,6 +107,7 @@ def train(recipe: VisionRecipe, output: str | Path, *, resume: bool = False, ove
         strict=recipe.strict,
         image_column=recipe.image_column,
         label_column=recipe.label_column,
+        streaming=recipe.streaming,
     )
     model = build_model(recipe, architecture, model_args, data.classes, start)
     resume_from = prepare_output(output, recipe, resume=resume, overwrite=overwrite)
@@ -98,7 +121,7 @@ def train(recipe: VisionRecipe, output: str | Path, *, resume: bool = False, ove
         architecture,
         f"{sum(parameter.numel() for parameter in model.parameters()):,}",
         "×".join(str(size) for size in cfg["input_size"]),
-        f"{len(training):,}",
+        f"{len(data.train):,}",
         f"{len(held_out):,}",
         len(data.classes),
         chosen_precision(recipe.precision),
@@ -119,7 +142,7 @@ def train(recipe: VisionRecipe, output: str | Path, *, resume: bool = False, ove
         data_collator=as_is,
         compute_metrics=_metrics,
     )
-    engine.run()
+    wrapped = engine.run()
     if not engine.is_world_process_zero():
         return {}
     return _finish(engine, wrapped, data, training, held_out, output, workers)
@@ -225,7 +248,7 @@ def start_from(model: TimmModel, weights: TimmModel, source: str) -> None:
     run_directory.load_weights(model, state, source)
 
 
-def training_batches(recipe: VisionRecipe, data: ImageData, cfg: dict[str, Any]) -> ImageBatches:
+def training_batches(recipe: VisionRecipe, data: ImageData, cfg: dict[str, Any]) -> ImageBatches | ImageStream:
     """The training images, augmented as the recipe says."""
     mix = None
     if recipe.mixup or recipe.cutmix:
@@ -246,16 +269,14 @@ def training_batches(recipe: VisionRecipe, data: ImageData, cfg: dict[str, Any])
         color_jitter=recipe.color_jitter,
         auto_augment=recipe.auto_augment,
     )
-    return ImageBatches(
-        data.train,
-        transform,
-        mean=cfg["mean"],
-        std=cfg["std"],
-        mix=mix,
-        erase=erase,
-        seed=recipe.seed,
-        strict=recipe.strict,
+    settings: dict[str, Any] = {"mean": cfg["mean"], "std": cfg["std"], "mix": mix, "erase": erase, "seed": recipe.seed}
+    settings["strict"] = recipe.strict
+    if isinstance(data.train, LabelledImages):
+        return ImageBatches(data.train, transform, **settings)
+    share = Share(
+        examples=len(data.train), batch_size=recipe.batch_size, process=process_index(), processes=process_count()
     )
+    return ImageStream(data.train, transform, share=share, buffer=recipe.shuffle_buffer, **settings)
 
 
 def parameter_groups(model: TimmModel, recipe: VisionRecipe) -> list[dict[str, Any]]:
@@ -275,13 +296,14 @@ def useful_workers(data: ImageData) -> int:
     None where the model computes on the same cores and the images are small and in memory: a batch of them is prepared
     sooner than it travels between processes. Else one per core, at most 16.
     """
-    pixels = data.train.sources
+    pixels = getattr(data.train, "sources", None)
     small = isinstance(pixels, np.ndarray) and pixels[0].size <= 64 * 64 * 3
     return 0 if small and not torch.accelerator.is_available() else min(cores(), 16)
 
 
 def _metrics(prediction: Any) -> dict[str, float]:
     logits, labels = torch.from_numpy(prediction.predictions), torch.from_numpy(prediction.label_ids)
+    logits, labels = logits[labels != IGNORED], labels[labels != IGNORED]
     best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
     return {"accuracy": best[:, 0].float().mean().item(), "top5": best.any(1).float().mean().item()}
 
@@ -290,7 +312,7 @@ def _finish(
     engine: Engine,
     wrapped: Any,
     data: ImageData,
-    training: ImageBatches,
+    training: ImageBatches | ImageStream,
     held_out: ImageBatches,
     output: Path,
     workers: int,

@@ -1,0 +1,177 @@
+"""Streaming: each example of each shard exactly once, whoever reads."""
+
+import collections
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+
+from allmlp.data import image_sources
+from allmlp.data.image_batches import as_is, evaluation_transform
+from allmlp.data.image_stream import ImageStream
+from allmlp.data.images import load_images
+from allmlp.data.sampling import IGNORED
+from allmlp.data.shards import Row, Shards, Share, find_shards, measured, shuffled
+from allmlp.errors import UserError
+from tests.data.shards import write_parquet, write_tars
+
+SIZES = (7, 13, 1, 22)
+CFG = {"input_size": (3, 8, 8), "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "crop_pct": 1.0}
+Writer = Callable[..., None]
+
+
+def _stream(folder: Path, process: int = 0, processes: int = 1, batch_size: int = 4, **settings: Any) -> ImageStream:
+    files = find_shards(str(folder))["train"]
+    _, images = image_sources.streamed(files, str(folder), None, None)
+    share = Share(examples=len(images), batch_size=batch_size, process=process, processes=processes)
+    arguments = {"mean": CFG["mean"], "std": CFG["std"], "buffer": 6, "seed": 0, **settings}
+    return ImageStream(images, evaluation_transform({**CFG, "interpolation": "bicubic"}), share=share, **arguments)
+
+
+def _epoch(stream: ImageStream, workers: int = 0) -> list[dict[str, Any]]:
+    return list(DataLoader(stream, batch_size=None, num_workers=workers, collate_fn=as_is))
+
+
+def _names(*epochs: list[dict[str, Any]]) -> list[str]:
+    return [name for epoch in epochs for batch in epoch for name in batch["names"]]
+
+
+@pytest.mark.parametrize("write", [write_tars, write_parquet])
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_image_comes_exactly_once(tmp_path: Path, write: Writer, processes: int, workers: int) -> None:
+    write(tmp_path, SIZES)
+    epochs = [_epoch(_stream(tmp_path, process, processes), workers) for process in range(processes)]
+    shards = find_shards(str(tmp_path))["train"]
+    expected = [f"{file} row {row}" for file, size in zip(shards, SIZES, strict=True) for row in range(size)]
+    assert collections.Counter(_names(*epochs)) == collections.Counter(expected)
+    # none waits for another
+    assert {len(epoch) for epoch in epochs} == {-(-sum(SIZES) // (4 * processes))}
+    assert len(epochs[0]) == len(_stream(tmp_path, 0, processes))
+    for epoch in epochs:
+        for batch in epoch:
+            brightness = (batch["pixel_values"].mean((1, 2, 3)) * 127.5 + 127.5).numpy()
+            assert (np.round((brightness - 20) / 70) == batch["labels"].numpy()).all()
+
+
+@given(
+    examples=st.integers(1, 200),
+    batch_size=st.integers(1, 9),
+    processes=st.integers(1, 7),
+)
+def test_shares_are_even_and_whole(examples: int, batch_size: int, processes: int) -> None:
+    shares = [Share(examples=examples, batch_size=batch_size, process=i, processes=processes) for i in range(processes)]
+    parts = [share.parts() for share in shares]
+    assert [place for mine in parts for part in mine for place in part] == list(range(examples))
+    assert {len(mine) for mine in parts} == {shares[0].batches}
+    taken = [sum(map(len, mine)) for mine in parts]
+    assert max(taken) - min(taken) <= 1
+
+
+def test_a_process_left_without_examples_gets_a_batch_that_does_not_count(tmp_path: Path) -> None:
+    write_parquet(tmp_path, (5,))
+    one, other = (_epoch(_stream(tmp_path, process, 2, batch_size=2)) for process in range(2))
+    assert [len(batch["names"]) for batch in one] == [2, 0]
+    assert [len(batch["names"]) for batch in other] == [2, 1]
+    assert one[1]["labels"].tolist() == [IGNORED]
+
+
+def test_the_order_follows_seed_and_epoch(tmp_path: Path) -> None:
+    write_tars(tmp_path, SIZES)
+    stream = _stream(tmp_path)
+    first = _names(_epoch(stream))
+    assert _names(_epoch(_stream(tmp_path))) == first
+    assert _names(_epoch(_stream(tmp_path, seed=1))) != first
+    stream.set_epoch(1)
+    again = _names(_epoch(stream))
+    assert again != first
+    assert sorted(again) == sorted(first)
+
+
+@given(count=st.integers(0, 50), buffer=st.integers(1, 60))
+def test_the_buffer_loses_nothing(count: int, buffer: int) -> None:
+    rows = [Row(number=number, name="", values={}) for number in range(count)]
+    found = [row.number for row in shuffled(iter(rows), buffer, np.random.default_rng(0))]
+    assert sorted(found) == list(range(count))
+    # an example comes at most a buffer's length too early
+    assert all(number - place < buffer for place, number in enumerate(found))
+
+
+@pytest.mark.parametrize("write", [write_tars, write_parquet])
+def test_shards_elsewhere_are_read_through_fsspec(tmp_path: Path, write: Writer) -> None:
+    write(tmp_path, (3, 4))
+    memory = fsspec.filesystem("memory")
+    memory.put(str(tmp_path) + "/", "/photos/", recursive=True)
+    found = find_shards("memory://photos")
+    assert all(file.startswith("memory://") for file in found["train"])
+    _, images = image_sources.streamed(found["train"], "memory://photos", None, None)
+    assert [row.number for row in images.shards.rows(range(2, 6))] == [2, 3, 4, 5]
+    memory.rm("/photos", recursive=True)
+
+
+def test_splits_are_told_from_names(tmp_path: Path) -> None:
+    for name in ("imagenet1k-train-0000", "imagenet1k-validation-00"):
+        (tmp_path / f"{name}.tar").touch()
+    found = find_shards(str(tmp_path))
+    assert [Path(file).name for file in found["train"]] == ["imagenet1k-train-0000.tar"]
+    assert [Path(file).name for file in found["validation"]] == ["imagenet1k-validation-00.tar"]
+    (tmp_path / "more.parquet").touch()
+    with pytest.raises(UserError, match="holds both"):
+        find_shards(str(tmp_path))
+    with pytest.raises(UserError, match="memory://nothing holds no shards"):
+        find_shards("memory://nothing")
+
+
+def test_known_lengths_spare_looking_into_tar_files(tmp_path: Path) -> None:
+    write_tars(tmp_path, (3, 4))
+    files = find_shards(str(tmp_path))["train"]
+    assert measured(files) == ((3, 4), [])
+    assert measured(files, "cls") == ((3, 4), [0, 1, 2])
+    names = [Path(file).name for file in files]
+    info = {"splits": {"train": {"filenames": names, "shard_lengths": [30, 40], "num_samples": 70}}}
+    (tmp_path / "_info.json").write_text(json.dumps(info))
+    assert measured(files)[0] == (30, 40)
+    (tmp_path / "classnames.txt").write_text("bird\ncat\ndog\n")
+    classes, images = image_sources.streamed(files, str(tmp_path), None, None)
+    assert classes == ("bird", "cat", "dog")
+    assert images.index[2] == images.index["dog"] == 2
+
+
+def test_a_broken_shard_and_a_broken_image_are_named(tmp_path: Path) -> None:
+    write_tars(tmp_path, (6,))
+    file = tmp_path / "train-0000.tar"
+    with tarfile.open(file) as archive:
+        place = archive.getmember("000002.png").offset_data
+    content = bytearray(file.read_bytes())
+    content[place : place + 8] = bytes(8)
+    file.write_bytes(content)
+    stream = _stream(tmp_path)
+    assert len(_names(_epoch(stream, workers=1))) == 5
+    assert stream.unreadable() == [f"{file} row 2"]
+    (tmp_path / "train-0001.parquet").touch()
+    with pytest.raises(UserError, match=r"train-0001.parquet cannot be read"):
+        list(Shards(files=(str(tmp_path / "train-0001.parquet"),), sizes=(3,)).rows(range(3)))
+
+
+def test_training_streams_and_validation_does_not(tmp_path: Path) -> None:
+    write_tars(tmp_path / "photos", (6, 9))
+    with pytest.raises(UserError, match="nothing is held out"):
+        load_images(str(tmp_path / "photos"))
+    write_tars(tmp_path / "photos", (6,), "val", first=90)
+    data = load_images(str(tmp_path / "photos"))
+    assert len(data.train) == 15
+    assert data.classes == ("0", "1", "2")
+    assert data.validation.labels.tolist() == [0, 1, 2, 0, 1, 2]
+    write_parquet(tmp_path / "tables", (8,))
+    write_parquet(tmp_path / "tables", (4,), "test", first=90)
+    data = load_images(str(tmp_path / "tables"), streaming=True)
+    assert (len(data.train), len(data.validation)) == (8, 4)
+    assert len(load_images(str(tmp_path / "tables")).train.labels) == 8

@@ -1,0 +1,85 @@
+"""Text that streams: each document once an epoch, cut into windows whoever reads."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from allmlp.data.image_batches import as_is
+from allmlp.data.sampling import IGNORED
+from allmlp.data.text import Masking
+from allmlp.data.text_stream import TokenStream, streamed_text
+from allmlp.errors import UserError
+
+SIZES = (5, 1, 11)
+
+
+def _write(folder: Path) -> Path:
+    """Documents of one letter each, a letter no other has: `aaa…` and so on."""
+    number = 0
+    for split, sizes in (("train", SIZES), ("val", (2,))):
+        for shard, size in enumerate(sizes):
+            texts = [chr(97 + number + i) * (3 + number % 4) for i in range(size)]
+            pq.write_table(pa.table({"text": texts}), folder / f"{split}-{shard}.parquet", row_group_size=2)
+            number += size
+    return folder
+
+
+def _stream(folder: Path, **settings: object) -> TokenStream:
+    data = streamed_text(str(folder))
+    arguments = {"batch_size": 2, "batches": 12, "seed": 0, "buffer": 3, **settings}
+    return TokenStream(data.train, data.tokenizer, 8, **arguments)
+
+
+@pytest.mark.parametrize("readers", [1, 2, 4])
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_readers_share_the_documents_out(tmp_path: Path, readers: int, epoch: int) -> None:
+    stream = _stream(_write(tmp_path))
+    found = [[text[0] for text in stream.documents(reader, readers, epoch)] for reader in range(readers)]
+    assert sorted(letter for part in found for letter in part) == [chr(97 + i) for i in range(sum(SIZES))]
+    assert max(map(len, found)) - min(map(len, found)) <= 1
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_windows_follow_each_other(tmp_path: Path, processes: int, workers: int) -> None:
+    _write(tmp_path)
+    seen: set[str] = set()
+    for process in range(processes):
+        stream = _stream(tmp_path, process=process, processes=processes)
+        batches = list(DataLoader(stream, batch_size=None, num_workers=workers, collate_fn=as_is))
+        assert len(batches) == len(stream) == 12
+        # a worker's windows are one text: the label of a window's last token begins the next window
+        for number in range(max(workers, 1)):
+            mine = batches[number :: max(workers, 1)]
+            ids = torch.cat([batch["input_ids"] for batch in mine]).flatten()
+            labels = torch.cat([batch["labels"] for batch in mine]).flatten()
+            assert torch.equal(ids[1:], labels[:-1])
+            seen |= {chr(token) for token in ids.tolist() if token < 256}
+    assert seen == {chr(97 + i) for i in range(sum(SIZES))}
+
+
+def test_masks_and_order_follow_the_seed(tmp_path: Path) -> None:
+    _write(tmp_path)
+    masking = Masking(share=0.3, mask_token=257, vocabulary=258)
+    first, again, other = (list(_stream(tmp_path, masking=masking, seed=seed)) for seed in (0, 0, 1))
+    assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(first, again, strict=True))
+    assert not all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(first, other, strict=True))
+    kept = first[0]["labels"] == IGNORED
+    assert kept.any()
+    assert not kept.all()
+
+
+def test_what_cannot_stream_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("words")
+    with pytest.raises(UserError, match="cannot be streamed"):
+        streamed_text(str(tmp_path))
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "train-0.parquet")
+    with pytest.raises(UserError, match="nothing is held out"):
+        streamed_text(str(tmp_path))
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "val-0.parquet")
+    with pytest.raises(UserError, match="1 documents for 2 processes"):
+        list(_stream(tmp_path, processes=2))
