@@ -104,6 +104,8 @@ class Engine(Trainer):
         own.append(DataEpoch([part for part in (self.order, data) if hasattr(part, "set_epoch")]))
         super().__init__(model=model.to(arguments.device), args=arguments, callbacks=[*own, *callbacks], **others)
         self.remove_callback(PrinterCallback)
+        if recipe.fsdp and process_count() > 1 and not self.is_fsdp_enabled:
+            raise UserError("Accelerate shards over accelerators, and this machine has none: leave --fsdp out.")
         # nothing of the kind can be made of the sharded model
         self.whole = copy.deepcopy(self._weights()) if self.is_fsdp_enabled else None
 
