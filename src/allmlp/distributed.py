@@ -2,6 +2,7 @@
 
 import os
 import time
+from datetime import timedelta
 from typing import Any
 
 
@@ -23,6 +24,23 @@ def process_count() -> int:
 def is_restarted() -> bool:
     """Whether torchrun has started the processes anew (`--max-restarts`) because one of them had died."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
+def join_again(backend: str | None = None) -> None:
+    """Where torchrun has started the processes anew: let them meet where those before have left no addresses.
+
+    torchrun's rendezvous outlives a restart, and whoever is there first would read where the dead ones listened.
+
+    Args:
+        backend: torch's name of how the processes exchange tensors; by default what each kind of device needs.
+    """
+    from torch import distributed
+
+    if not is_restarted() or process_count() == 1 or distributed.is_initialized():
+        return
+    store, rank, size = next(distributed.rendezvous("env://", timeout=timedelta(minutes=30)))
+    store = distributed.PrefixStore(f"allmlp/{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=size)
 
 
 def largest_anywhere(value: int, device: Any = "cpu") -> int:

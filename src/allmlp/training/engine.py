@@ -26,7 +26,7 @@ from allmlp._version import __version__
 from allmlp.checkpoints import run_directory
 from allmlp.data import NAMES
 from allmlp.data.sampling import IGNORED, ShuffledBatches
-from allmlp.distributed import is_first_process, is_restarted, process_count
+from allmlp.distributed import is_first_process, is_restarted, join_again, process_count
 from allmlp.errors import Interrupted, UserError
 from allmlp.training.callbacks import (
     EMA_WEIGHTS,
@@ -278,6 +278,7 @@ class Engine(Trainer):
 def training_arguments(recipe: Recipe, output: Path, workers: int = 0, best: str = "loss") -> TrainingArguments:
     """The recipe in the Trainer's terms; `best` is the measure by which an evaluation is the best one."""
     on_cpu = not torch.accelerator.is_available()
+    join_again("gloo" if on_cpu else None)
     rhythm: dict[str, Any] = {"eval_strategy": "epoch", "save_strategy": "epoch"}
     if recipe.eval_every:
         rhythm = {"eval_strategy": "steps", "save_strategy": "steps"}
