@@ -3,8 +3,9 @@
     python benchmarks/faults.py
 
 Every training is a process of its own, as users start it, and is compared bit for bit with one that nothing happened
-to. It writes `benchmarks/results/faults.json`. On two cores it takes about fifteen minutes; `--kills` makes it shorter,
-`--parts` restricts it. The full disk is a small tmpfs in a mount namespace (`unshare`, Linux).
+to. It writes `benchmarks/results/faults.json` and what docs/faults.md shows of it. On two cores it takes about fifteen
+minutes; `--kills` makes it shorter, `--parts` restricts it. The full disk is a small tmpfs in a mount namespace
+(`unshare`, Linux).
 """
 
 import argparse
@@ -22,6 +23,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "faults.json"
+PAGE = ROOT / "docs" / "faults.md"
 # Everything with a state of its own, and a checkpoint every few steps, so that kills fall into saves too.
 VISION = """
 task: image-classification
@@ -74,8 +76,36 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             found = PARTS[part](Path(folder), options)
         results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-        write_json(RESULTS, {"surroundings": surroundings(), **results, **found})
+        results = {**results, **found, "surroundings": surroundings()}
+        write_json(RESULTS, results)
+        render(results)
         print(json.dumps(found, indent=2), flush=True)
+
+
+def render(found: dict[str, Any]) -> None:
+    """Writes the figures between the page's markers."""
+    from allmlp.benchmark.report import replace_part
+
+    lines = [
+        "| training | steps | kills | before the first checkpoint | in the middle of a save | runs | bit for bit |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    columns = ("steps", "kills", "before_the_first_checkpoint", "in_the_middle_of_a_save", "runs", "identical")
+    for kind, figures in found.get("kills", {}).items():
+        lines.append(f"| {kind} | {' | '.join(str(figures[column]) for column in columns)} |")
+    events = []
+    if "disk" in found:
+        events.append(("a full disk, then room and `--resume`", found["disk"]["exit_code"], found["disk"]["identical"]))
+    if "ranks" in found:
+        restarted, asked = found["ranks"]["restarted"], found["ranks"]["sigterm"]
+        events.append(("one of two killed, `--max-restarts 1`", restarted["exit_code"], restarted["identical"]))
+        events.append(("SIGTERM to one of two, then `--resume`", asked["exit_code"], asked["resumed_identical"]))
+    lines += ["", "| what happens | exit code | bit for bit |", "|---|---|---|"]
+    lines += [f"| {what} | {code} | {'yes' if same else 'no'} |" for what, code, same in events]
+    seconds = [lost["seconds_until_all_had_ended"] for lost in found.get("ranks", {}).get("lost", ())]
+    if seconds:
+        lines += ["", f"Of two processes one killed, without a restart: all had ended within {max(seconds)} s."]
+    replace_part(PAGE, "faults", "\n".join(lines))
 
 
 def kills(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
