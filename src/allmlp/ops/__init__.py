@@ -1,6 +1,7 @@
 """Functions on tensors: each operator's plain reference and, beside it, the form the layers use."""
 
 from allmlp.ops.axial_shift import axial_shift, axial_shift_reference
+from allmlp.ops.backends import set_fused
 from allmlp.ops.recomputing import recomputing, recomputing_linear, recomputing_linear_reference
 from allmlp.ops.spatial_gating import apply_gate, spatial_gating, spatial_gating_reference
 from allmlp.ops.spatial_shift import spatial_shift, spatial_shift_reference
@@ -23,6 +24,7 @@ __all__ = [
     "recomputing",
     "recomputing_linear",
     "recomputing_linear_reference",
+    "set_fused",
     "spatial_gating",
     "spatial_gating_reference",
     "spatial_shift",

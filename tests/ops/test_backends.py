@@ -1,0 +1,69 @@
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from allmlp.ops import backends
+from allmlp.ops.backends import set_fused, takes_fused
+
+
+@pytest.fixture(autouse=True)
+def _as_at_the_start() -> Iterator[None]:
+    yield
+    set_fused(None)
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: name)
+
+
+def test_auto_takes_what_was_measured_to_be_faster(interpreted, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "MEASURED_FASTER", {"shift"})
+    x = torch.zeros(2)
+    assert takes_fused("shift", "auto", x, None)
+    assert not takes_fused("gating", "auto", x)
+
+
+def test_what_auto_means_can_be_set(interpreted, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "MEASURED_FASTER", {"shift"})
+    x = torch.zeros(2)
+    set_fused(True)
+    assert takes_fused("gating", "auto", x)
+    assert not takes_fused("gating", "auto", x.double())
+    assert not takes_fused("gating", "auto", x, unfit="it has four axes")
+    assert not takes_fused("gating", "torch", x)
+    set_fused(False)
+    assert not takes_fused("shift", "auto", x)
+    assert takes_fused("shift", "triton", x)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "unfit", "reason"),
+    [
+        ([torch.zeros(2, dtype=torch.float64)], None, "not float64"),
+        ([torch.zeros(2, device="meta")], None, "lie on 'meta'"),
+        ([torch.zeros(2), torch.zeros(2, device="meta")], None, "lie on cpu, meta"),
+        ([torch.zeros(2)], "it has four axes", "it has four axes"),
+    ],
+    ids=["dtype", "device", "devices", "arguments"],
+)
+def test_a_kernel_that_cannot_run_says_why(interpreted, tensors, unfit, reason) -> None:
+    with pytest.raises(ValueError, match=f"cannot run gating: .*{reason}"):
+        takes_fused("gating", "triton", *tensors, unfit=unfit)
+
+
+def test_without_a_gpu_or_triton_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: name)
+    with pytest.raises(ValueError, match="lie on 'cpu', the kernels run on 'cuda'"):
+        takes_fused("gating", "triton", torch.zeros(2))
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="Triton is not installed"):
+        takes_fused("gating", "triton", torch.zeros(2))
+
+
+def test_unknown_backend() -> None:
+    with pytest.raises(ValueError, match="must be 'auto', 'torch' or 'triton', got 'cuda'"):
+        takes_fused("gating", "cuda", torch.zeros(2))
