@@ -2,7 +2,9 @@
 
 import logging
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
+from importlib.machinery import ModuleSpec, PathFinder
 
 import pytest
 import torch
@@ -10,8 +12,23 @@ from jaxtyping import config, install_import_hook
 
 import tests.typechecking  # noqa: F401  (the hook finds it by name)
 
+# Where there is no GPU Triton interprets its kernels; it settles that when it is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # In front of the first import of the package: its functions then check the tensors they are given and return.
 install_import_hook("allmlp", "tests.typechecking.check_tensors")
+
+
+class _Unchecked:
+    """Kernels are source for Triton, which takes no decorated functions."""
+
+    @staticmethod
+    def find_spec(name: str, path: Sequence[str] | None = None, target: object = None) -> ModuleSpec | None:
+        return PathFinder.find_spec(name, path) if name.startswith("allmlp.ops.kernels.") else None
+
+
+sys.meta_path.insert(0, _Unchecked)  # type: ignore[arg-type]
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)

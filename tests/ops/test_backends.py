@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from allmlp.ops import backends
-from allmlp.ops.backends import set_fused, takes_fused
+from allmlp.ops.backends import autocast, set_fused, takes_fused
 
 
 @pytest.fixture(autouse=True)
@@ -45,13 +45,38 @@ def test_what_auto_means_can_be_set(interpreted, monkeypatch: pytest.MonkeyPatch
         ([torch.zeros(2, dtype=torch.float64)], None, "not float64"),
         ([torch.zeros(2, device="meta")], None, "lie on 'meta'"),
         ([torch.zeros(2), torch.zeros(2, device="meta")], None, "lie on cpu, meta"),
+        ([torch.zeros(2), torch.zeros(2).half()], None, "several dtypes, float16, float32, and autocast is off"),
+        ([torch.fx.Proxy(torch.fx.Graph().placeholder("x"))], None, "a symbolic trace hands it placeholders"),
         ([torch.zeros(2)], "it has four axes", "it has four axes"),
     ],
-    ids=["dtype", "device", "devices", "arguments"],
+    ids=["dtype", "device", "devices", "dtypes", "placeholder", "arguments"],
 )
 def test_a_kernel_that_cannot_run_says_why(interpreted, tensors, unfit, reason) -> None:
     with pytest.raises(ValueError, match=f"cannot run gating: .*{reason}"):
         takes_fused("gating", "triton", *tensors, unfit=unfit)
+
+
+def test_function_transforms_have_no_kernel(interpreted) -> None:
+    with pytest.raises(ValueError, match="know no function transforms"):
+        torch.func.grad(lambda x: x.sum() * takes_fused("gating", "triton", x))(torch.zeros(2))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated:FutureWarning")
+def test_what_is_traced_for_another_runtime_is_torchs_form(interpreted) -> None:
+    set_fused(True)
+    taken = []
+    traced = lambda x: taken.append(takes_fused("gating", "auto", x)) or x + 1  # noqa: E731
+    torch.jit.trace(traced, torch.zeros(2), check_trace=False)
+    assert taken == [False]
+
+
+def test_autocast_casts_as_for_torchs_products(interpreted) -> None:
+    x, weight = torch.zeros(2), torch.zeros(2, dtype=torch.bfloat16)
+    assert autocast(x, None, weight) == (x, None, weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert takes_fused("gating", "triton", x, weight)
+        x, bias, weight = autocast(x, None, weight)
+    assert (x.dtype, bias, weight.dtype) == (torch.bfloat16, None, torch.bfloat16)
 
 
 def test_without_a_gpu_or_triton_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

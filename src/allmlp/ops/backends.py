@@ -43,7 +43,7 @@ def takes_fused(operator: str, backend: Backend, *tensors: Tensor | None, unfit:
         return False
     if backend == "auto":
         wanted = operator in MEASURED_FASTER if _fused is None else _fused
-        return wanted and not torch.compiler.is_exporting() and (unfit or _obstacle(*tensors)) is None
+        return wanted and not _traced_for_elsewhere() and (unfit or _obstacle(*tensors)) is None
     if backend != "triton":
         raise ValueError(f"backend must be 'auto', 'torch' or 'triton', got {backend!r}")
     reason = unfit or _obstacle(*tensors)
@@ -52,9 +52,27 @@ def takes_fused(operator: str, backend: Backend, *tensors: Tensor | None, unfit:
     return True
 
 
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """These tensors as torch hands them to its own products: in autocast's dtype where that is on for their device."""
+    kind = next(x.device.type for x in tensors if x is not None)
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(x if x is None else x.to(dtype) for x in tensors)
+
+
+def _traced_for_elsewhere() -> bool:
+    """Whether what runs is being written down for another runtime, which knows no operator of ours."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
 def _obstacle(*tensors: Tensor | None) -> str | None:
     """Why no kernel can read these tensors, None where one can."""
     given = [x for x in tensors if x is not None]
+    if not all(isinstance(x, Tensor) for x in given):
+        return "a symbolic trace hands it placeholders"
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return "the kernels know no function transforms (torch.func)"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     devices = {x.device for x in given}
@@ -67,4 +85,7 @@ def _obstacle(*tensors: Tensor | None) -> str | None:
     if not dtypes <= set(_DTYPES):
         names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes - set(_DTYPES)))
         return f"the kernels read float32, bfloat16 and float16, not {names}"
+    if len(dtypes) > 1 and not torch.is_autocast_enabled(kind):
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        return f"its tensors are of several dtypes, {names}, and autocast is off"
     return None

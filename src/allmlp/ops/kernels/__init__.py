@@ -1,0 +1,1 @@
+"""The fused forms of operators, as Triton kernels behind custom operators of torch."""
