@@ -26,10 +26,13 @@ def time_in_turn(
 ) -> dict[str, Timing]:
     """Time functions interleaved, A B C A B C …, so that whatever slows the machine for a while slows all of them.
 
+    In front of every timed call stands one that is not: another contender has just used the caches and the memory, and
+    the threads of an inference engine go on spinning for a while behind its call.
+
     Args:
         contenders: functions by name; ratios are to the first.
         rounds: calls of each that are timed, at least.
-        warmup: calls of each in front that are not timed.
+        warmup: further calls of each, in front of the first round.
         seconds: go on with further rounds until this much time has passed.
     """
     for function in contenders.values():
@@ -40,6 +43,7 @@ def time_in_turn(
     done = 0
     while done < rounds or time.perf_counter() - begin < seconds:
         for name, function in contenders.items():
+            function()
             _synchronize()
             start = time.perf_counter()
             function()
