@@ -389,7 +389,7 @@ def test_large_batches_run_in_slices(name, watch, monkeypatch) -> None:
         expected = model(images)
         # Two samples of the first map at once; later maps are smaller, and more of them fit.
         sample = 4 * model.stem(images)[0].numel() * images.element_size()
-        monkeypatch.setattr("allmlp.vision.base._LARGEST_BYTES", 2 * sample)
+        monkeypatch.setattr("allmlp.vision.base.LARGEST_KEPT_BYTES", 2 * sample)
         monkeypatch.setattr("allmlp.vision.base._SLICE_BYTES", 2 * sample)
         run_block = type(model.blocks[0]).forward
         monkeypatch.setattr(

@@ -26,6 +26,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import can_return_tuple
 
+from allmlp.allocator import keep_freed_memory
 from allmlp.errors import UserError
 from allmlp.language.cache import GMLPCache
 from allmlp.language.configuration import GMLPConfig
@@ -104,6 +105,10 @@ class GMLPPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["GMLPBlock"]  # noqa: RUF012 (transformers reads these from the class)
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
+
+    def __init__(self, config: GMLPConfig) -> None:
+        super().__init__(config)
+        keep_freed_memory()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

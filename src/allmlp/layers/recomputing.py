@@ -1,7 +1,8 @@
-"""When a layer may keep less for backward."""
+"""When a layer may keep less: for backward, and in inference for itself."""
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -28,6 +29,33 @@ def linear_after(linear: nn.Module, prologue: Callable[..., Tensor], *inputs: Te
     if not worth_recomputing(*inputs, linear.weight, linear.bias):  # type: ignore[arg-type]
         return linear(prologue(*inputs))
     return recomputing_linear(across, prologue, inputs, linear.weight, linear.bias)  # type: ignore[arg-type]
+
+
+def activated(linear: nn.Module, act: nn.Module, x: Tensor) -> Tensor:
+    """`act(linear(x))`; in plain eager inference a GELU is written over the map's output, which nobody else reads.
+
+    Args:
+        linear: the layer; one that is no plain `nn.Linear` or `TokenLinear`, or is watched, keeps its output.
+        act: the activation; one that is no `nn.GELU`, or is watched, is called as it is.
+        x: what `linear` is given.
+    """
+    y = linear(x)
+    plain = type(linear) in _ACROSS and type(act) is nn.GELU and not (is_watched(linear) or is_watched(act))
+    if plain and type(y) is Tensor and _is_plain_inference():
+        return torch.ops.aten.gelu_(y, approximate=act.approximate)
+    return act(y)
+
+
+def linear_act_linear(fc1: nn.Module, act: nn.Module, fc2: nn.Module, x: Tensor) -> Tensor:
+    """`fc2(act(fc1(x)))`, keeping the hidden layer once: for backward before the activation, in inference behind it."""
+    if torch.is_grad_enabled():
+        return linear_after(fc2, act, fc1(x))
+    return fc2(activated(fc1, act, x))
+
+
+def _is_plain_inference() -> bool:
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+    return not (traced or torch.is_grad_enabled())
 
 
 def is_watched(module: nn.Module) -> bool:

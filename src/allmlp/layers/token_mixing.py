@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from allmlp.layers.recomputing import linear_after
+from allmlp.layers.recomputing import linear_act_linear
 from allmlp.layers.resampling import GridBound
 from allmlp.layers.token_linear import TokenLinear
 from allmlp.ops.resampling import Grid, resample_read, resample_written
@@ -32,10 +32,9 @@ class TokenMixingMLP(GridBound):
         self.drop2 = nn.Dropout(drop)
 
     def forward(self, x: Float[Tensor, "batch tokens channels"]) -> Float[Tensor, "batch tokens channels"]:
-        hidden = self.fc1(x)
         if self.training and self.drop1.p > 0:
-            return self.drop2(self.fc2(self.drop1(self.act(hidden))))
-        return self.drop2(linear_after(self.fc2, self.act, hidden))
+            return self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))
+        return self.drop2(linear_act_linear(self.fc1, self.act, self.fc2, x))
 
     def trained_grid(self, own: Mapping[str, Tensor]) -> Grid:
         return (own["fc2.bias"].shape[0],)

@@ -11,6 +11,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from allmlp.allocator import LARGEST_KEPT_BYTES, keep_freed_memory
 from allmlp.layers import PatchEmbedding
 from allmlp.layers.patch_embedding import pair
 from allmlp.vision.resolution import grid_bound_layers, resample_state_dict
@@ -49,6 +50,7 @@ class VisionMLP(nn.Module):
         global_pool: str,
     ) -> None:
         super().__init__()
+        keep_freed_memory()
         self.stem = stem
         self.blocks = nn.Sequential(*blocks)
         self.norm = norm
@@ -253,9 +255,7 @@ class VisionMLP(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-# Memory above 32 MiB is handed back to the system and fetched anew, page by page, at every call (glibc's largest mmap
-# threshold); the layers of a block that widen its map are kept well below.
-_LARGEST_BYTES = 32 << 20
+# The layers of a block that widen its map are kept well below what the allocator hands back to the system.
 _SLICE_BYTES = 16 << 20
 _EXPANSION = 4
 
@@ -263,7 +263,7 @@ _EXPANSION = 4
 def _slice_size(x: Tensor, batch: int) -> int:
     """How many of `batch` samples like those of `x` a block should be given at once."""
     sample = _EXPANSION * x[0].numel() * x.element_size()
-    return batch if sample * batch <= _LARGEST_BYTES else max(1, _SLICE_BYTES // sample)
+    return batch if sample * batch <= LARGEST_KEPT_BYTES else max(1, _SLICE_BYTES // sample)
 
 
 def column_levels(depth: int, channels: int, patch_size: tuple[int, int]) -> list[tuple[int, int, int]]:

@@ -2,11 +2,13 @@
 
 from functools import partial
 
+import torch
 from jaxtyping import Float
 from timm.layers import DropPath
 from torch import Tensor, nn
 
 from allmlp.layers import PatchEmbedding, SpatialGatingUnit
+from allmlp.layers.recomputing import activated
 from allmlp.vision.base import VisionMLP, column_levels, depth_decayed
 from allmlp.vision.registry import register_family
 
@@ -68,11 +70,12 @@ class GMLPBlock(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch height width channels"]) -> Float[Tensor, "batch height width channels"]:
         tokens = self.norm(x.flatten(1, 2))
-        hidden = self.proj_in(tokens)
         if self.training and self.drop1.p > 0:
-            gated = self.sgu(self.drop1(self.act(hidden)), tokens)
+            gated = self.sgu(self.drop1(self.act(self.proj_in(tokens))), tokens)
+        elif torch.is_grad_enabled():
+            gated = self.sgu(self.proj_in(tokens), tokens, act=self.act)
         else:
-            gated = self.sgu(hidden, tokens, act=self.act)
+            gated = self.sgu(activated(self.proj_in, self.act, tokens), tokens)
         y = self.drop2(self.proj_out(gated))
         return x + self.drop_path(y).view_as(x)
 
