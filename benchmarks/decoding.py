@@ -35,7 +35,7 @@ def main() -> None:
     import torch
 
     from allmlp.benchmark.measurement import machine
-    from allmlp.checkpoints.run_directory import write_json
+    from allmlp.files import write_json
 
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -31,7 +31,7 @@ from torchvision.ops import FeaturePyramidNetwork
 
 import allmlp.vision  # noqa: F401 registers the models
 from allmlp.benchmark import machine
-from allmlp.checkpoints.run_directory import write_json, write_text
+from allmlp.files import write_json, write_text
 from allmlp.training.report import STYLE, save
 
 ROOT = Path(__file__).parents[1]

@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills (default: 0)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     options = parser.parse_args()
-    from allmlp.checkpoints.run_directory import write_json
+    from allmlp.files import write_json
     from allmlp.training.engine import surroundings
 
     for part in options.parts:
@@ -278,11 +278,12 @@ def wait_for(event: Any, process: "subprocess.Popen[bytes]") -> float | None:
 
 def remains(run: Path) -> dict[str, Any]:
     """What a kill leaves: the last checkpoint's step, and whether another was being written."""
-    from allmlp.checkpoints import run_directory
+    from allmlp.checkpoints.training_checkpoints import checkpoint_step, last_checkpoint
+    from allmlp.files import UNFINISHED
 
-    checkpoint = run_directory.last_checkpoint(run)
-    step = run_directory.checkpoint_step(checkpoint) if checkpoint else None
-    return {"checkpoint": step, "unfinished": (run / run_directory.UNFINISHED).exists()}
+    checkpoint = last_checkpoint(run)
+    step = checkpoint_step(checkpoint) if checkpoint else None
+    return {"checkpoint": step, "unfinished": (run / UNFINISHED).exists()}
 
 
 def require(holds: bool, otherwise: str) -> None:

@@ -46,7 +46,7 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         for part in options.parts:
             found[part] = {"memory": memory, "speed": speed, "training": training}[part](Path(folder))
-    from allmlp.checkpoints.run_directory import write_json
+    from allmlp.files import write_json
     from allmlp.training.engine import surroundings
 
     found["surroundings"] = surroundings()
@@ -208,7 +208,7 @@ def _in_a_process(*arguments: str) -> dict[str, Any]:
 
 def render(found: dict[str, Any]) -> None:
     """Writes the figures between the page's markers."""
-    from allmlp.checkpoints.run_directory import write_text
+    from allmlp.files import write_text
 
     rows = ["| measured | |", "|---|---:|"]
     if "memory" in found:

@@ -33,8 +33,8 @@ def main() -> None:
     if options.text is None:
         parser.error("name a text file")
     from allmlp.benchmark.measurement import machine
-    from allmlp.checkpoints.run_directory import write_json
     from allmlp.data.text import load_text
+    from allmlp.files import write_json
 
     data = load_text(options.text, tokenizer_name="characters")
     rows = []

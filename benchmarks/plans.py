@@ -15,7 +15,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from allmlp import GMLPConfig, GMLPForMaskedLM
-from allmlp.checkpoints.run_directory import write_text
+from allmlp.files import write_text
 from allmlp.vision.catalogue import layer_table
 
 ROOT = Path(__file__).parents[1]

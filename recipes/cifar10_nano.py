@@ -21,7 +21,8 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 import allmlp.vision  # noqa: F401 registers the models
-from allmlp.checkpoints.run_directory import METRICS, write_json, write_text
+from allmlp.checkpoints.run_directory import METRICS
+from allmlp.files import write_json, write_text
 from allmlp.training.recipe import VisionRecipe, make_recipe, read_settings
 from allmlp.training.report import STYLE, save
 from allmlp.training.vision import train

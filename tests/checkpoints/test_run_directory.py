@@ -1,6 +1,5 @@
 """Run directories: the same files for transformers, for timm and for allmlp."""
 
-import contextlib
 import json
 from pathlib import Path
 
@@ -12,7 +11,9 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, pi
 
 import allmlp
 from allmlp.checkpoints import run_directory
+from allmlp.checkpoints.training_checkpoints import unfinished_checkpoint
 from allmlp.errors import UserError
+from allmlp.files import UNFINISHED
 from tests.pictures import picture
 
 ARGUMENTS = {"img_size": 8, "patch_size": 4, "num_blocks": 2, "embed_dim": 16}
@@ -142,18 +143,6 @@ def test_broken_weights_and_unknown_architectures_are_named(saved: tuple[Path, t
         allmlp.load(run)
 
 
-def test_files_appear_whole_or_not_at_all(tmp_path: Path) -> None:
-    target = tmp_path / "new" / "metrics.json"
-    run_directory.write_json(target, {"a": 1})
-    with pytest.raises(TypeError):
-        run_directory.write_json(target, {"a": object()})
-    with contextlib.suppress(RuntimeError), run_directory.atomic_path(target) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
-    assert json.loads(target.read_text()) == {"a": 1}
-    assert [path.name for path in target.parent.iterdir()] == ["metrics.json"]
-
-
 def test_clearing_removes_a_run_and_nothing_else(saved: tuple[Path, torch.nn.Module]) -> None:
     run, _ = saved
     (run / "checkpoint-3").mkdir()
@@ -163,44 +152,11 @@ def test_clearing_removes_a_run_and_nothing_else(saved: tuple[Path, torch.nn.Mod
     assert [path.name for path in run.iterdir()] == ["mine.txt"]
 
 
-def _write_checkpoint(run: Path, step: int) -> Path:
-    written = run_directory.unfinished_checkpoint(run, step)
-    (written / "shards").mkdir(parents=True)
-    (written / "shards" / "0.bin").write_text(str(step))
-    (written / "trainer_state.json").write_text("{}")
-    return written
-
-
-def test_a_checkpoint_has_its_name_when_it_is_complete(tmp_path: Path) -> None:
-    _write_checkpoint(tmp_path, 3)
-    assert run_directory.checkpoints(tmp_path) == []
-    for _ in range(2):  # the second time in place of the first
-        assert run_directory.publish_checkpoint(tmp_path, 3) == tmp_path / "checkpoint-3"
-        assert (tmp_path / "checkpoint-3" / "shards" / "0.bin").read_text() == "3"
-        assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
-        _write_checkpoint(tmp_path, 3)
-    assert run_directory.last_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
-
-
-@pytest.mark.parametrize(
-    ("keep", "best", "kept"),
-    [(2, None, [20, 100]), (1, 3, [3, 100]), (2, 20, [20, 100]), (9, 3, [3, 9, 20, 100])],
-)
-def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path, keep: int, best: int | None, kept: list[int]) -> None:
-    for step in (9, 100, 3, 20):
-        _write_checkpoint(tmp_path, step)
-        run_directory.publish_checkpoint(tmp_path, step)
-    (tmp_path / "checkpoint-best").mkdir()
-    run_directory.rotate_checkpoints(tmp_path, keep, best)
-    assert [run_directory.checkpoint_step(path) for path in run_directory.checkpoints(tmp_path)] == kept
-    assert (tmp_path / "checkpoint-best").is_dir(), "not ours"
-
-
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
-    _write_checkpoint(tmp_path, 3)
+    unfinished_checkpoint(tmp_path, 3).mkdir(parents=True)
     # what a kill leaves of a file and of a picture
-    (tmp_path / f".model.safetensors.x{run_directory.UNFINISHED}").mkdir()
-    (tmp_path / "report" / f".curves.png.x{run_directory.UNFINISHED}").mkdir(parents=True)
+    (tmp_path / f".model.safetensors.x{UNFINISHED}").mkdir()
+    (tmp_path / "report" / f".curves.png.x{UNFINISHED}").mkdir(parents=True)
     (tmp_path / "notes.txt").touch()
     run_directory.remove_unfinished(tmp_path)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["notes.txt", "report"]

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import resource
+import shutil
 import signal
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,10 +18,11 @@ from safetensors.torch import load_file
 import allmlp
 from allmlp import training
 from allmlp.checkpoints import run_directory
-from allmlp.checkpoints.run_directory import UNFINISHED
+from allmlp.checkpoints.training_checkpoints import STATE, checkpoints_in, last_checkpoint
 from allmlp.data import images as image_data
 from allmlp.data.image_batches import ImageBatches
 from allmlp.errors import Diverged, Interrupted, TrainingError, UserError
+from allmlp.files import UNFINISHED
 from allmlp.training import faults, language, vision
 from allmlp.training.callbacks import Interruption, Progress
 from allmlp.training.engine import Engine
@@ -127,21 +129,21 @@ def test_a_training_killed_again_and_again_ends_with_the_same_weights(
     assert last == 15
 
     _killed(recipe, run, Progress, "on_step_end", _at(2), resume=False)
-    assert run_directory.last_checkpoint(run) is None
+    assert last_checkpoint(run) is None
     _killed(recipe, run, Progress, "on_step_end", _at(6), resume=True)
-    assert run_directory.last_checkpoint(run) == run / "checkpoint-4"
+    assert last_checkpoint(run) == run / "checkpoint-4"
     # weights and optimiser are written, the rest is not
     _killed(recipe, run, Engine, "_save_rng_state", _saving(8), resume=True)
     assert _leftovers(run)
-    assert run_directory.last_checkpoint(run) == run / "checkpoint-4"
+    assert last_checkpoint(run) == run / "checkpoint-4"
     assert allmlp.load(run / "checkpoint-4")
     # a new checkpoint is complete, an old one is about to be removed
-    _killed(recipe, run, run_directory.shutil, "rmtree", lambda path, *_: str(path).endswith(".removed"), resume=True)
+    _killed(recipe, run, shutil, "rmtree", lambda path, *_: str(path).endswith(".removed"), resume=True)
     assert _leftovers(run)
-    assert all(map(allmlp.load, run_directory.checkpoints(run)))
+    assert all(map(allmlp.load, checkpoints_in(run)))
     # all is learnt, nothing written
     _killed(recipe, run, *finish, lambda *arguments: run in map(Path, filter(_is_path, arguments)), resume=True)
-    assert run_directory.last_checkpoint(run) == run / f"checkpoint-{last}"
+    assert last_checkpoint(run) == run / f"checkpoint-{last}"
     assert not (run / "config.json").exists()
 
     resumed = training.train(recipe, run, resume=True)
@@ -201,7 +203,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(room: float, tmp_path: Path, mon
         patched.setattr(Engine, "_save_checkpoint", save_where_there_is_no_room)
         with pytest.raises(TrainingError, match=r"cannot be written to: .* MiB are free\. .*checkpoint-4 holds"):
             training.train(recipe, run)
-    assert run_directory.last_checkpoint(run) == run / "checkpoint-4"
+    assert last_checkpoint(run) == run / "checkpoint-4"
     assert allmlp.load(run / "checkpoint-4")
     assert not _leftovers(run)
     assert training.train(recipe, run, resume=True)["steps"] == 8
@@ -333,8 +335,8 @@ def test_the_best_checkpoint_is_never_rotated_away(tmp_path: Path, monkeypatch: 
     run = tmp_path / "run"
     metrics = training.train(tiny_recipe(tmp_path, epochs=4, keep=1), run)
     assert metrics["best"] == {"checkpoint": "checkpoint-6", "accuracy": 0.9}
-    assert [path.name for path in run_directory.checkpoints(run)] == ["checkpoint-6", "checkpoint-12"]
-    state = json.loads((run / "checkpoint-12" / "trainer_state.json").read_text())
+    assert [path.name for path in checkpoints_in(run)] == ["checkpoint-6", "checkpoint-12"]
+    state = json.loads((run / "checkpoint-12" / STATE).read_text())
     assert state["best_model_checkpoint"] == str(run / "checkpoint-6")
 
 

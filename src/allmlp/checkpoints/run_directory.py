@@ -5,13 +5,11 @@ arguments, `model.safetensors` holds timm's own keys. A language model lies ther
 tokenizer.
 """
 
-import contextlib
 import dataclasses
-import json
 import os
 import shutil
 import tempfile
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +20,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from allmlp.checkpoints import description
+from allmlp.checkpoints.training_checkpoints import checkpoints_in, last_checkpoint
 from allmlp.errors import UserError, nearest, shown
+from allmlp.files import UNFINISHED, atomic_path, to_disk, write_json, write_text
 
 CONFIG, WEIGHTS, RECIPE, METRICS, REPORT = "config.json", "model.safetensors", "recipe.yaml", "metrics.json", "report"
-CHECKPOINT = "checkpoint-"
-UNFINISHED = ".unfinished"
 FAULTS = "nan.jsonl"
 VISION, LANGUAGE = "timm_wrapper", "gmlp"
 # What a run of each kind of model does, by transformers' names of tasks.
@@ -39,29 +37,6 @@ _PREFIX = "timm_model."
 
 TimmModel = Any
 """An `nn.Module` with timm's interface: `pretrained_cfg`, `num_classes`, `no_weight_decay()` and so on."""
-
-
-@contextlib.contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path` that becomes `path` when the block ends well, and vanishes when it does not."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=UNFINISHED) as folder:
-        temporary = Path(folder) / path.name
-        yield temporary
-        _to_disk(temporary)
-        os.replace(temporary, path)
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Writes a text file all at once: a reader sees the old one or the new one."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def write_json(path: str | Path, content: Any) -> None:
-    """Writes a JSON file all at once."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def classifier(model: TimmModel, architecture: str, model_args: Mapping[str, Any], classes: Sequence[str]) -> Any:
@@ -134,10 +109,15 @@ def save_language(directory: str | Path, model: Any, tokenizer: Any = None) -> N
             if part is not None:
                 part.save_pretrained(temporary)
         for path in Path(temporary).iterdir():
-            _to_disk(path)
+            to_disk(path)
         # the configuration last, which makes it a run directory
         for path in sorted(Path(temporary).iterdir(), key=lambda path: path.name == CONFIG):
             os.replace(path, directory / path.name)
+
+
+def save_metrics(directory: str | Path, metrics: Mapping[str, Any]) -> None:
+    """Writes `metrics.json` all at once."""
+    write_json(Path(directory) / METRICS, metrics)
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
@@ -343,63 +323,6 @@ def check_shapes(
         raise UserError(f"The weights of {where} do not match the model.\n  " + "\n  ".join(found))
 
 
-def last_checkpoint(directory: str | Path, needed: Sequence[str] = ("trainer_state.json",)) -> Path | None:
-    """The newest checkpoint in a run directory that holds all the files needed, if there is one."""
-    complete = [path for path in checkpoints(directory) if all((path / name).is_file() for name in needed)]
-    return complete[-1] if complete else None
-
-
-def unfinished_checkpoint(directory: str | Path, step: int) -> Path:
-    """Where the checkpoint of a step is written until it is complete."""
-    return Path(directory) / UNFINISHED / f"{CHECKPOINT}{step}"
-
-
-def publish_checkpoint(directory: str | Path, step: int) -> Path:
-    """Gives a complete checkpoint its name, in one move that a crash cannot cut in two.
-
-    Args:
-        directory: The run directory.
-        step: The optimiser step; the checkpoint lies where `unfinished_checkpoint` says.
-
-    Returns:
-        The checkpoint.
-    """
-    written = unfinished_checkpoint(directory, step)
-    checkpoint = Path(directory) / written.name
-    for path in [*written.rglob("*"), written]:
-        _to_disk(path)
-    if checkpoint.exists():
-        _remove_at_once(checkpoint)
-    os.replace(written, checkpoint)
-    _to_disk(checkpoint.parent)
-    _remove_if_empty(written.parent)
-    return checkpoint
-
-
-def rotate_checkpoints(directory: str | Path, keep: int, best: int | None = None) -> None:
-    """Removes all checkpoints but the newest and the best, each of them at once.
-
-    Args:
-        directory: The run directory.
-        keep: How many of the newest stay.
-        best: The step of the one that stays in any case.
-    """
-    for checkpoint in checkpoints(directory)[:-keep]:
-        if checkpoint_step(checkpoint) != best:
-            _remove_at_once(checkpoint)
-
-
-def checkpoints(directory: str | Path) -> list[Path]:
-    """The checkpoints in a run directory, by their steps."""
-    found = [path for path in Path(directory).glob(f"{CHECKPOINT}*") if path.name.removeprefix(CHECKPOINT).isdigit()]
-    return sorted(found, key=checkpoint_step)
-
-
-def checkpoint_step(checkpoint: Path) -> int:
-    """The optimiser step after which a checkpoint was saved."""
-    return int(checkpoint.name.removeprefix(CHECKPOINT))
-
-
 def remove_unfinished(directory: str | Path) -> None:
     """Removes what was being written, or being removed, when a former run ended all of a sudden."""
     for place in (Path(directory), Path(directory) / REPORT):
@@ -407,36 +330,11 @@ def remove_unfinished(directory: str | Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _remove_at_once(checkpoint: Path) -> None:
-    # it loses its name first, since files vanish one by one
-    grave = checkpoint.with_name(UNFINISHED) / f"{checkpoint.name}.removed"
-    grave.parent.mkdir(exist_ok=True)
-    os.replace(checkpoint, grave)
-    shutil.rmtree(grave)
-    _remove_if_empty(grave.parent)
-
-
-def _remove_if_empty(directory: Path) -> None:
-    with contextlib.suppress(OSError):
-        directory.rmdir()
-
-
-def _to_disk(path: Path) -> None:
-    """Waits until a file, or a directory's list of names, is on the disk itself."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def clear(directory: str | Path) -> None:
     """Removes what a former run left in its directory, and nothing else."""
     directory = Path(directory)
     remove_unfinished(directory)
-    for path in [*directory.glob(f"{CHECKPOINT}*"), directory / REPORT, directory / "tensorboard"]:
+    for path in [*checkpoints_in(directory), directory / REPORT, directory / "tensorboard"]:
         shutil.rmtree(path, ignore_errors=True)
     for name in (CONFIG, WEIGHTS, RECIPE, METRICS, FAULTS):
         (directory / name).unlink(missing_ok=True)

@@ -24,10 +24,20 @@ from transformers.trainer_callback import PrinterCallback
 
 from allmlp._version import __version__
 from allmlp.checkpoints import run_directory
+from allmlp.checkpoints.training_checkpoints import (
+    STATE,
+    checkpoint_path,
+    checkpoints_in,
+    last_checkpoint,
+    publish_checkpoint,
+    rotate_checkpoints,
+    unfinished_checkpoint,
+)
 from allmlp.data import NAMES
 from allmlp.data.sampling import IGNORED, ShuffledBatches
 from allmlp.distributed import is_first_process, is_restarted, join_again, process_count
 from allmlp.errors import Interrupted, UserError
+from allmlp.files import write_text
 from allmlp.training.callbacks import (
     EMA_WEIGHTS,
     AveragedWeights,
@@ -40,8 +50,6 @@ from allmlp.training.faults import Divergence, Step, way_on
 from allmlp.training.recipe import Recipe, parse_yaml, read_settings, recipe_to_yaml
 
 _log = logging.getLogger(__name__)
-
-STATE = "trainer_state.json"
 
 
 class Engine(Trainer):
@@ -175,7 +183,7 @@ class Engine(Trainer):
         best = self.state.best_global_step
         return {
             "best": {
-                "checkpoint": f"{run_directory.CHECKPOINT}{best}",
+                "checkpoint": checkpoint_path(str(self.args.output_dir), best).name,
                 self.args.metric_for_best_model: self.state.best_metric,
             }
             if best
@@ -252,21 +260,20 @@ class Engine(Trainer):
         """The Trainer's checkpoint with the averaged weights: it gets its name when it is complete."""
         self.divergence.look()
         output, step = Path(str(self.args.output_dir)), self.state.global_step
-        unfinished = run_directory.unfinished_checkpoint(output, step)
+        unfinished = unfinished_checkpoint(output, step)
         self.place = str(unfinished.parent)
         try:
             super()._save_checkpoint(model, trial)
             if self.averaged:
                 self.averaged.save(unfinished)
             if self.is_world_process_zero():
-                if self.state.best_global_step:
-                    best = f"{run_directory.CHECKPOINT}{self.state.best_global_step}"
-                    self.state.best_model_checkpoint = str(output / best)
+                if best := self.state.best_global_step:
+                    self.state.best_model_checkpoint = str(checkpoint_path(output, best))
                 self.state.save_to_json(str(unfinished / STATE))
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
-                run_directory.publish_checkpoint(output, step)
-                run_directory.rotate_checkpoints(output, self.keep, self.state.best_global_step)
+                publish_checkpoint(output, step)
+                rotate_checkpoints(output, self.keep, self.state.best_global_step)
         except BaseException:
             if self.is_world_process_zero():
                 run_directory.remove_unfinished(output)
@@ -350,7 +357,7 @@ def prepare_output(output: Path, recipe: Recipe, *, resume: bool, overwrite: boo
         UserError: It holds a run, and neither is asked for.
     """
     resume = resume or is_restarted()
-    former = [*run_directory.checkpoints(output), *output.glob(run_directory.CONFIG)]
+    former = [*checkpoints_in(output), *output.glob(run_directory.CONFIG)]
     if former and not resume and not overwrite:
         raise UserError(
             f"{output} holds a run already. Choose another --output, go on with it (--resume), "
@@ -358,8 +365,7 @@ def prepare_output(output: Path, recipe: Recipe, *, resume: bool, overwrite: boo
         )
     checkpoint = None
     if resume:
-        needed = (STATE, *((EMA_WEIGHTS,) if recipe.ema else ()))
-        checkpoint = run_directory.last_checkpoint(output, needed)
+        checkpoint = last_checkpoint(output, also=(EMA_WEIGHTS,) if recipe.ema else ())
         _log.info("going on from %s", checkpoint) if checkpoint else _log.warning(
             "%s has no complete checkpoint to go on from: starting at the beginning", output
         )
@@ -369,7 +375,7 @@ def prepare_output(output: Path, recipe: Recipe, *, resume: bool, overwrite: boo
             run_directory.clear(output)
         if checkpoint:
             _warn_of_changes(output, recipe)
-        run_directory.write_text(output / run_directory.RECIPE, recipe_to_yaml(recipe))
+        write_text(output / run_directory.RECIPE, recipe_to_yaml(recipe))
     return checkpoint
 
 

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor, distributed
 
 from allmlp.checkpoints import run_directory
+from allmlp.checkpoints.training_checkpoints import last_checkpoint
 from allmlp.distributed import is_first_process, missing_processes
 from allmlp.errors import Diverged, TrainingError, UserError
 
@@ -147,7 +148,7 @@ def explained(output: str | Path) -> Iterator[None]:
 
 def way_on(output: str | Path) -> str:
     """From where a training can go on, and how."""
-    checkpoint = run_directory.last_checkpoint(output)
+    checkpoint = last_checkpoint(output)
     if checkpoint is None:
         return "There is no checkpoint to go on from yet."
     return f"{checkpoint} holds everything up to there; go on with: allmlp train --resume --output {output}"

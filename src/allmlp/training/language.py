@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import set_seed
 
 from allmlp.checkpoints import run_directory
+from allmlp.checkpoints.training_checkpoints import checkpoint_step
 from allmlp.data.image_batches import as_is
 from allmlp.data.labelled_texts import TextBatches, load_labelled_texts
 from allmlp.data.sampling import IGNORED
@@ -320,7 +321,7 @@ def _engine(
     resume_from: Path | None,
     **settings: Any,
 ) -> Engine:
-    resumed_at = run_directory.checkpoint_step(resume_from) if resume_from else 0
+    resumed_at = checkpoint_step(resume_from) if resume_from else 0
     board = TensorBoard(output / "tensorboard", _Logits(model), held_out[0]["input_ids"], resumed_at)
     return kind(
         recipe,
@@ -372,5 +373,5 @@ def _common_metrics(recipe: LanguageRecipe, engine: Engine, model: Any, unit: st
 
 def _finish(output: Path, metrics: dict[str, Any], report: list[Path]) -> dict[str, Any]:
     metrics["report"] = [str(path.relative_to(output)) for path in report]
-    run_directory.write_json(output / run_directory.METRICS, metrics)
+    run_directory.save_metrics(output, metrics)
     return metrics

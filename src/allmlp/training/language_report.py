@@ -12,7 +12,7 @@ from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from allmlp.checkpoints import run_directory
+from allmlp.files import write_text
 from allmlp.language import GMLPForCausalLM
 from allmlp.tables import table
 from allmlp.training.language_evaluation import unwritten
@@ -39,7 +39,7 @@ def write(directory: Path, metrics: Mapping[str, Any], model: Any, tokenizer: An
     ]
     if isinstance(model, GMLPForCausalLM):
         paths.append(directory / "sample.txt")
-        run_directory.write_text(paths[-1], sample(model, tokenizer))
+        write_text(paths[-1], sample(model, tokenizer))
     return paths
 
 

@@ -14,9 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from allmlp.checkpoints.run_directory import TimmModel, atomic_path
+from allmlp.checkpoints.run_directory import TimmModel
 from allmlp.data.image_batches import ImageBatches
 from allmlp.data.labelled_images import LabelledImages, decode
+from allmlp.files import atomic_path
 from allmlp.training.evaluation import confusion
 
 INK, BLUE, ORANGE, GREEN, RED = "#1f2933", "#2f6fb0", "#d9822b", "#3a9a5b", "#c23b3b"

@@ -18,6 +18,7 @@ from allmlp.checkpoints import run_directory
 from allmlp.checkpoints.architecture import PREPARATION, VisionArchitecture
 from allmlp.checkpoints.pretrained import Pretrained, find_pretrained
 from allmlp.checkpoints.run_directory import TimmModel
+from allmlp.checkpoints.training_checkpoints import checkpoint_step
 from allmlp.data.image_batches import ImageBatches, as_is, training_transform
 from allmlp.data.image_stream import ImageStream
 from allmlp.data.images import ImageData, load_images
@@ -126,7 +127,7 @@ def train(recipe: VisionRecipe, output: str | Path, *, resume: bool = False, ove
         len(data.classes),
         chosen_precision(recipe.precision),
     )
-    resumed_at = run_directory.checkpoint_step(resume_from) if resume_from else 0
+    resumed_at = checkpoint_step(resume_from) if resume_from else 0
     engine = VisionEngine(
         recipe,
         output,
@@ -339,5 +340,5 @@ def _finish(
     }
     pictures = report.write(output / run_directory.REPORT, metrics["history"], logits, labels, held_out, model)
     metrics["pictures"] = [str(path.relative_to(output)) for path in pictures]
-    run_directory.write_json(output / run_directory.METRICS, metrics)
+    run_directory.save_metrics(output, metrics)
     return metrics

@@ -1,0 +1,95 @@
+"""The checkpoints of a training in its run directory: `checkpoint-STEP` appears, and vanishes, all at once."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from allmlp.files import UNFINISHED, to_disk
+
+STATE = "trainer_state.json"
+"""The Trainer's own account of a training; a checkpoint without it is none to go on from."""
+_PREFIX = "checkpoint-"
+
+
+def last_checkpoint(directory: str | Path, also: Sequence[str] = ()) -> Path | None:
+    """The newest checkpoint in a run directory that a training can go on from, if there is one.
+
+    Args:
+        directory: The run directory.
+        also: Names of files that have to be in it beside `STATE`.
+    """
+    needed = (STATE, *also)
+    complete = [path for path in checkpoints_in(directory) if all((path / name).is_file() for name in needed)]
+    return complete[-1] if complete else None
+
+
+def checkpoint_path(directory: str | Path, step: int) -> Path:
+    """Where the checkpoint of a step lies in a run directory."""
+    return Path(directory) / f"{_PREFIX}{step}"
+
+
+def unfinished_checkpoint(directory: str | Path, step: int) -> Path:
+    """Where the checkpoint of a step is written until it is complete."""
+    return checkpoint_path(Path(directory) / UNFINISHED, step)
+
+
+def publish_checkpoint(directory: str | Path, step: int) -> Path:
+    """Gives a complete checkpoint its name, in one move that a crash cannot cut in two.
+
+    Args:
+        directory: The run directory.
+        step: The optimiser step; the checkpoint lies where `unfinished_checkpoint` says.
+
+    Returns:
+        The checkpoint.
+    """
+    written = unfinished_checkpoint(directory, step)
+    checkpoint = checkpoint_path(directory, step)
+    for path in [*written.rglob("*"), written]:
+        to_disk(path)
+    if checkpoint.exists():
+        _remove_at_once(checkpoint)
+    os.replace(written, checkpoint)
+    to_disk(checkpoint.parent)
+    _remove_if_empty(written.parent)
+    return checkpoint
+
+
+def rotate_checkpoints(directory: str | Path, keep: int, best: int | None = None) -> None:
+    """Removes all checkpoints but the newest and the best, each of them at once.
+
+    Args:
+        directory: The run directory.
+        keep: How many of the newest stay.
+        best: The step of the one that stays in any case.
+    """
+    for checkpoint in checkpoints_in(directory)[:-keep]:
+        if checkpoint_step(checkpoint) != best:
+            _remove_at_once(checkpoint)
+
+
+def checkpoints_in(directory: str | Path) -> list[Path]:
+    """The checkpoints in a run directory, by their steps."""
+    found = [path for path in Path(directory).glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit()]
+    return sorted(found, key=checkpoint_step)
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """The optimiser step after which a checkpoint was saved."""
+    return int(checkpoint.name.removeprefix(_PREFIX))
+
+
+def _remove_at_once(checkpoint: Path) -> None:
+    # it loses its name first, since files vanish one by one
+    grave = checkpoint.with_name(UNFINISHED) / f"{checkpoint.name}.removed"
+    grave.parent.mkdir(exist_ok=True)
+    os.replace(checkpoint, grave)
+    shutil.rmtree(grave)
+    _remove_if_empty(grave.parent)
+
+
+def _remove_if_empty(directory: Path) -> None:
+    with contextlib.suppress(OSError):
+        directory.rmdir()

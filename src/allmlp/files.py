@@ -1,0 +1,46 @@
+"""Files that appear whole or not at all, whatever happens while they are written."""
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+UNFINISHED = ".unfinished"
+"""How the names end of what is being written; a process that is killed leaves it behind."""
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside `path` that becomes `path` when the block ends well, and vanishes when it does not."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=UNFINISHED) as folder:
+        temporary = Path(folder) / path.name
+        yield temporary
+        to_disk(temporary)
+        os.replace(temporary, path)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a text file all at once: a reader sees the old one or the new one."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Writes a JSON file all at once."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def to_disk(path: Path) -> None:
+    """Waits until a file, or a directory's list of names, is on the disk itself."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
