@@ -1,7 +1,8 @@
 """Time a token of a causal gMLP with a full window: g-mlp-pytorch, allmlp's cache, GPT-2 with its own, bare products.
 
-    python benchmarks/decoding.py           measures (about a minute on two cores), writes results/decoding.json
-    python benchmarks/decoding.py --page    puts the results into docs/language.md
+    python benchmarks/decoding.py
+
+takes about a minute on two cores and writes results/decoding.json and the table of docs/language.md.
 
 8 layers, width 512, d_ffn 2048, 256 tokens of vocabulary, one sequence. allmlp's model has g-mlp-pytorch's weights and
 must give the same logits. Everything is generated through each library's own `generate`, and runs in turn; prompts lie
@@ -24,14 +25,18 @@ PEER, OURS, GPT2, FLOOR = "g-mlp-pytorch", "allmlp", "GPT-2 (transformers)", "ma
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--page", action="store_true", help="write the page from the results")
+    parser.add_argument("--page", action="store_true", help="measure nothing: write the page from the results")
     parser.add_argument("--windows", nargs="+", type=int, default=WINDOWS)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int)
     options = parser.parse_args()
-    if options.page:
-        write_page(json.loads(RESULTS.read_text(encoding="utf-8")))
-        return
+    if not options.page:
+        measure(options)
+    write_page(json.loads(RESULTS.read_text(encoding="utf-8")))
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Writes the results."""
     import torch
 
     from allmlp.benchmark.measurement import machine
@@ -41,12 +46,12 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     rows = []
     for window in options.windows:
-        rows += measure(window, options.rounds)
+        rows += times_with(window, options.rounds)
         print(*table_lines(rows), sep="\n")
     write_json(RESULTS, {"machine": machine(), "rows": rows})
 
 
-def measure(window: int, rounds: int) -> list[dict[str, Any]]:
+def times_with(window: int, rounds: int) -> list[dict[str, Any]]:
     """Milliseconds a token of every contender with this window."""
     import torch
     from g_mlp_pytorch import gMLP

@@ -6,6 +6,8 @@ trains three small models, two minutes on two cores, tests them on drawings they
 benchmarks/results/dense_prediction.json, docs/figures/dense_prediction.png and the table of docs/dense_prediction.md.
 """
 
+import argparse
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,13 +33,13 @@ from torchvision.ops import FeaturePyramidNetwork
 
 import allmlp.vision  # noqa: F401 registers the models
 from allmlp.benchmark import machine
-from allmlp.files import write_json, write_text
+from allmlp.benchmark.report import replace_part
+from allmlp.files import write_json
 from allmlp.training.report import STYLE, save
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "dense_prediction.json"
 PAGE = ROOT / "docs" / "dense_prediction.md"
-BEGIN, END = "<!-- dense_prediction: begin -->", "<!-- dense_prediction: end -->"
 FIGURE = ROOT / "docs" / "figures" / "dense_prediction.png"
 SHAPES = {"ellipse": (210, 70, 60), "rectangle": (70, 170, 80), "triangle": (60, 90, 210)}
 SIZE = 64
@@ -254,6 +256,15 @@ def train(task: Segmentation | Detection, steps: int, *, batch_size: int = 8, lr
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--page", action="store_true", help="measure nothing: write the page from the results")
+    if not parser.parse_args().page:
+        measure()
+    replace_part(PAGE, "dense_prediction", "\n".join(table(json.loads(RESULTS.read_text(encoding="utf-8"))["models"])))
+
+
+def measure() -> None:
+    """Writes the results and draws what the models find."""
     held_out = drawings(0, HELD_OUT)
     found: dict[str, Any] = {}
     shown: dict[str, Any] = {}
@@ -281,16 +292,8 @@ def main() -> None:
         name: version(name) for name in ("torchvision", "segmentation-models-pytorch", "torchmetrics")
     }
     write_json(RESULTS, {"machine": facts, "held_out": HELD_OUT, "models": found})
-    render(found)
     with rc_context(STYLE):
         save(pictures(held_out[:SHOWN], shown), FIGURE)
-
-
-def render(found: dict[str, Any]) -> None:
-    """Writes the table between the page's markers."""
-    text = PAGE.read_text(encoding="utf-8")
-    begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
-    write_text(PAGE, text[:begin] + "\n\n" + "\n".join(table(found)) + "\n\n" + text[end:])
 
 
 def table(found: dict[str, Any]) -> list[str]:

@@ -67,8 +67,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="of each kind of training (default: 20)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills (default: 0)")
+    parser.add_argument("--page", action="store_true", help="measure nothing: write the page from the results")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     options = parser.parse_args()
+    if not options.page:
+        measure(options)
+    write_page(json.loads(RESULTS.read_text(encoding="utf-8")))
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Writes the results of some parts beside those of the others."""
     from allmlp.files import write_json
     from allmlp.training.engine import surroundings
 
@@ -78,12 +86,11 @@ def main() -> None:
         results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
         results = {**results, **found, "surroundings": surroundings()}
         write_json(RESULTS, results)
-        render(results)
         print(json.dumps(found, indent=2), flush=True)
 
 
-def render(found: dict[str, Any]) -> None:
-    """Writes the figures between the page's markers."""
+def write_page(found: dict[str, Any]) -> None:
+    """Puts the figures into the documentation."""
     from allmlp.benchmark.report import replace_part
 
     lines = [

@@ -13,18 +13,19 @@ import argparse
 import io
 import json
 import os
-import re
 import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results" / "input_pipeline.json"
+PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
 SHARD = 5000
 SMALL, LARGE = 10_000, 200_000
 CLASSES = 10
@@ -35,23 +36,29 @@ CROP = 32
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", default=["memory", "speed", "training"], help="what to measure")
+    parser.add_argument("--page", action="store_true", help="measure nothing: write the page from the results")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         name, *arguments = options.child
         print(json.dumps({"memory": child_memory, "speed": child_speed, "training": child_training}[name](*arguments)))
         return
-    results = ROOT / "benchmarks" / "results" / "input_pipeline.json"
-    found = json.loads(results.read_text()) if results.is_file() else {}
-    with TemporaryDirectory() as folder:
-        for part in options.parts:
-            found[part] = {"memory": memory, "speed": speed, "training": training}[part](Path(folder))
+    if not options.page:
+        measure(options.parts)
+    write_page(json.loads(RESULTS.read_text(encoding="utf-8")))
+
+
+def measure(parts: Sequence[str]) -> None:
+    """Writes the results of some parts beside those of the others."""
     from allmlp.files import write_json
     from allmlp.training.engine import surroundings
 
+    found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    with TemporaryDirectory() as folder:
+        for part in parts:
+            found[part] = {"memory": memory, "speed": speed, "training": training}[part](Path(folder))
     found["surroundings"] = surroundings()
-    write_json(results, found)
-    render(found)
+    write_json(RESULTS, found)
 
 
 def pictures(count: int) -> list[bytes]:
@@ -206,9 +213,9 @@ def _in_a_process(*arguments: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def render(found: dict[str, Any]) -> None:
-    """Writes the figures between the page's markers."""
-    from allmlp.files import write_text
+def write_page(found: dict[str, Any]) -> None:
+    """Puts the figures into the documentation."""
+    from allmlp.benchmark.report import replace_part
 
     rows = ["| measured | |", "|---|---:|"]
     if "memory" in found:
@@ -229,11 +236,7 @@ def render(found: dict[str, Any]) -> None:
         f"`python benchmarks/input_pipeline.py`, {SIZE}×{SIZE} JPEG files cropped to {CROP}×{CROP}, "
         f"{found['surroundings']['device']}:"
     )
-    page = ROOT / "docs" / "scaling.md"
-    begin, end = "<!-- input_pipeline: begin -->", "<!-- input_pipeline: end -->"
-    table = "\n".join([begin, "", about, "", *rows, "", end])
-    text = page.read_text(encoding="utf-8")
-    write_text(page, re.sub(f"{begin}.*{end}", lambda _: table, text, flags=re.DOTALL))
+    replace_part(PAGE, "input_pipeline", "\n".join([about, "", *rows]))
     print("\n".join(rows))
 
 

@@ -1,7 +1,8 @@
 """Masked language modelling: gMLP, aMLP and a BERT of the same size, the same text, masks, steps and optimiser.
 
-    python benchmarks/masked.py TEXT        measures (about 15 minutes on two cores), writes results/masked.{json,png}
-    python benchmarks/masked.py --page      puts the results into docs/language.md
+    python benchmarks/masked.py TEXT
+
+takes about 15 minutes on two cores and writes results/masked.json and .png and the table of docs/language.md.
 
 The gMLP paper's pretraining scaled down (its section 4 and appendix): 15% of the tokens masked, AdamW with ε 1e-6,
 β .9 and .999, weight decay .01, a tenth of the steps of warm-up, linear decay, no clipping, no dropout. Tokens are
@@ -23,15 +24,19 @@ PAGE = Path(__file__).parents[1] / "docs" / "language.md"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", nargs="?", help="a text file")
-    parser.add_argument("--page", action="store_true", help="write the page from the results")
+    parser.add_argument("--page", action="store_true", help="measure nothing: write the page from the results")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--lr", type=float, nargs="+", default=[1e-3, 3e-3], help="the best of these counts")
     options = parser.parse_args()
-    if options.page:
-        write_page(json.loads(RESULTS.read_text(encoding="utf-8")))
-        return
-    if options.text is None:
-        parser.error("name a text file")
+    if not options.page:
+        if options.text is None:
+            parser.error("name a text file")
+        measure(options)
+    write_page(json.loads(RESULTS.read_text(encoding="utf-8")))
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Writes the results and draws them."""
     from allmlp.benchmark.measurement import machine
     from allmlp.data.text import load_text
     from allmlp.files import write_json

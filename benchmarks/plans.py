@@ -7,7 +7,7 @@ pass, a multiply-add two operations. GPU-hours are for PEAK operations a second 
 assumptions, to be replaced by what a few hundred steps on the machine at hand show.
 """
 
-import re
+import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +15,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from allmlp import GMLPConfig, GMLPForMaskedLM
-from allmlp.files import write_text
+from allmlp.benchmark.report import replace_part
 from allmlp.vision.catalogue import layer_table
 
-ROOT = Path(__file__).parents[1]
+PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
 GPUS = {"A100": 312e12, "H100": 989e12}
 """Dense bfloat16 operations a second, as NVIDIA's data sheets have them."""
 UTILISATION = 0.3
@@ -84,6 +84,7 @@ def plans() -> list[Plan]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     hours = [f"{name} hours" for name in GPUS]
     rows = [
         "| model | data | steps | MACs | operations | " + " | ".join(hours) + " | expected |",
@@ -96,11 +97,7 @@ def main() -> None:
             f"| {plan.title} | {plan.data} | {plan.steps:,} | {work} | {plan.operations:.2g} | "
             f"{' | '.join(cost)} | {plan.expected} |"
         )
-    page = ROOT / "docs" / "scaling.md"
-    begin, end = "<!-- plans: begin -->", "<!-- plans: end -->"
-    table = "\n".join([begin, "", *rows, "", end])
-    text = page.read_text(encoding="utf-8")
-    write_text(page, re.sub(f"{begin}.*{end}", lambda _: table, text, flags=re.DOTALL))
+    replace_part(PAGE, "plans", "\n".join(rows))
     print("\n".join(rows))
 
 

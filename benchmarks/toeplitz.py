@@ -1,7 +1,8 @@
 """How the cost of mixing tokens grows with their number: Toeplitz gMLP, dense gMLP, causal attention.
 
-    python benchmarks/toeplitz.py           measures (about two minutes on two cores), writes results/toeplitz.*
-    python benchmarks/toeplitz.py --page    puts the results into docs/language.md
+    python benchmarks/toeplitz.py
+
+takes about two minutes on two cores and writes results/toeplitz.json and .png and the table of docs/language.md.
 
 One causal layer's work between its tokens, 512 channels, float32, forward: `toeplitz_product` by both of its ways, the
 dense spatial product, and `scaled_dot_product_attention` with 8 heads of 64. What would take too much memory (a dense
@@ -25,13 +26,17 @@ FFT, DENSE_TOEPLITZ, DENSE, ATTENTION = "Toeplitz, FFT", "Toeplitz, dense produc
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--page", action="store_true", help="write the page from the results")
+    parser.add_argument("--page", action="store_true", help="measure nothing: write the page from the results")
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS)
     parser.add_argument("--threads", type=int)
     options = parser.parse_args()
-    if options.page:
-        write_page(json.loads(RESULTS.read_text(encoding="utf-8")))
-        return
+    if not options.page:
+        measure(options)
+    write_page(json.loads(RESULTS.read_text(encoding="utf-8")))
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Writes the results and draws them."""
     import torch
 
     from allmlp.benchmark.measurement import machine
@@ -41,14 +46,14 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     rows = []
     for length in options.lengths:
-        rows.append(measure(length))
+        rows.append(times_of(length))
         print(rows[-1], flush=True)
     results = {"machine": machine(), "rows": rows}
     write_json(RESULTS, results)
     draw(results)
 
 
-def measure(length: int) -> dict[str, Any]:
+def times_of(length: int) -> dict[str, Any]:
     """Milliseconds of every way to mix this many tokens."""
     import torch
     import torch.nn.functional as F

@@ -12,7 +12,6 @@ time. What all run directories say goes to benchmarks/results/RECIPE.json, the p
 import argparse
 import dataclasses
 import json
-import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,8 +20,9 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 import allmlp.vision  # noqa: F401 registers the models
+from allmlp.benchmark.report import replace_part
 from allmlp.checkpoints.run_directory import METRICS
-from allmlp.files import write_json, write_text
+from allmlp.files import write_json
 from allmlp.training.recipe import VisionRecipe, make_recipe, read_settings
 from allmlp.training.report import STYLE, save
 from allmlp.training.vision import train
@@ -84,7 +84,7 @@ def collected(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def render(found: dict[str, Any], name: str) -> None:
-    """Draws docs/figures/NAME.png, and writes the table between the page's markers of that name."""
+    """Draws docs/figures/NAME.png, and writes the table into the page's part of that name."""
     rows = [
         "| model | parameters | accuracy after each epoch, % | final, % | images/s |",
         "|---|---:|---|---:|---:|",
@@ -120,13 +120,8 @@ def render(found: dict[str, Any], name: str) -> None:
         right.invert_yaxis()
         right.grid(axis="y", visible=False)
     save(figure, ROOT / "docs" / "figures" / f"{name}.png")
-    page = ROOT / "docs" / "cifar10.md"
-    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    text = page.read_text(encoding="utf-8")
-    if begin not in text or end not in text:
-        raise SystemExit(f"{page} has no place for this table: {begin} … {end}")
-    table = "\n".join([begin, "", *rows, "", f"![Accuracy and speed](figures/{name}.png)", "", end])
-    write_text(page, re.sub(f"{re.escape(begin)}.*{re.escape(end)}", lambda _: table, text, flags=re.DOTALL))
+    picture = f"![Accuracy and speed](figures/{name}.png)"
+    replace_part(ROOT / "docs" / "cifar10.md", name, "\n".join([*rows, "", picture]))
 
 
 if __name__ == "__main__":
