@@ -131,7 +131,7 @@ def test_documented_figures_are_the_measured_ones() -> None:
     assert {figures["metric"] for figures in found.values()} == least.keys()
     assert all(figures["score"] >= least[figures["metric"]] for figures in found.values())
     assert sum(figures["seconds"] for figures in found.values()) < 300
-    assert "\n".join([benchmark.BEGIN, "", *benchmark.table(found), "", benchmark.END]) in benchmark.PAGE.read_text()
+    assert "\n".join(["", *benchmark.table(found), ""]) in benchmark.PAGE.read_text()
 
 
 def test_documented_examples_run() -> None:
