@@ -100,7 +100,8 @@ def loader(folder: str, workers: int, batch_size: int = 128) -> Any:
     """The stream of a training with a resized crop and a flip."""
     from torch.utils.data import DataLoader
 
-    from allmlp.data.image_batches import as_is, training_transform
+    from allmlp.data import as_is
+    from allmlp.data.image_batches import training_transform
     from allmlp.data.image_sources import streamed
     from allmlp.data.image_stream import ImageStream
     from allmlp.data.shards import Share, find_shards

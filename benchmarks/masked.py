@@ -74,7 +74,7 @@ def learn(make: Any, data: Any, lr: float, steps: int) -> dict[str, Any]:
     import torch
     from transformers import set_seed
 
-    from allmlp.data.image_batches import as_is
+    from allmlp.data import as_is
     from allmlp.data.text import IGNORED, Masking, TokenWindows
     from allmlp.training.engine import Engine
     from allmlp.training.language import parameter_groups

@@ -49,6 +49,11 @@ shown = _Short().repr
 """`repr` of bounded length, for what comes from a file: one that refers to itself may mean more than memory holds."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, in one line; its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def nearest(name: str, options: Iterable[str], count: int = 3) -> str:
     """A sentence offering the options closest in spelling to `name`, ready to append to a message.
 

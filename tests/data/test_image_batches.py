@@ -9,7 +9,8 @@ from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader
 
-from allmlp.data.image_batches import ImageBatches, as_is, evaluation_transform, training_transform
+from allmlp.data import as_is
+from allmlp.data.image_batches import ImageBatches, evaluation_transform, training_transform
 from allmlp.data.labelled_images import LabelledImages
 from allmlp.data.sampling import IGNORED
 from allmlp.errors import UserError

@@ -113,9 +113,13 @@ def test_tables_without_images_or_classes_are_refused(
     ],
 )
 def test_columns_of_another_kind_are_named(tmp_path: Path, column: str, values: list[object], message: str) -> None:
+    file = str(tmp_path / "table.parquet")
     _write(tmp_path / "table.parquet", {**_rows(1), column: values})
     with pytest.raises(UserError, match=message):
-        image_sources.find(str(tmp_path / "table.parquet"))
+        image_sources.find(file)
+    if column == "label":
+        with pytest.raises(UserError, match=message):
+            image_sources.streamed([file], file, None, None)
 
 
 def test_what_a_row_names_is_read_where_it_is_a_file(tmp_path: Path) -> None:

@@ -65,10 +65,17 @@ def test_lists_are_no_classes(tmp_path) -> None:
         read_labelled_texts(path)
 
 
-def test_unknown_classes_and_too_few_texts_are_refused(tmp_path) -> None:
+def test_unknown_classes_and_single_texts_are_refused(tmp_path) -> None:
     write_table(tmp_path / "train.parquet", {"text": ["a", "b"], "label": ["x", "y"]})
     write_table(tmp_path / "test.parquet", {"text": ["a"], "label": ["z"]})
     with pytest.raises(UserError, match=r"Row 0 of .* \(validation\) has the class 'z', which training has not"):
         read_labelled_texts(str(tmp_path))
-    with pytest.raises(UserError, match="too few texts to hold out 10% of each class"):
+    with pytest.raises(UserError, match=r"Class 'x' of .* has a single text, so none can be held out"):
         load_labelled_texts(str(tmp_path / "train.parquet"), holdout=0.1, seed=0)
+
+
+def test_small_shares_still_hold_out_one_of_each_class(tmp_path) -> None:
+    path = write_table(tmp_path / "rows.parquet", labelled(8))
+    _, train, held_out = load_labelled_texts(path, holdout=0.01, seed=0)
+    assert np.bincount(train.labels).tolist() == [3, 3]
+    assert np.bincount(held_out.labels).tolist() == [1, 1]

@@ -1,6 +1,7 @@
 """Streaming: each example of each shard exactly once, whoever reads."""
 
 import collections
+import io
 import json
 import tarfile
 from collections.abc import Callable
@@ -14,14 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from allmlp.data import image_sources
-from allmlp.data.image_batches import as_is, evaluation_transform
+from allmlp.data import as_is, image_sources
+from allmlp.data.image_batches import evaluation_transform
 from allmlp.data.image_stream import ImageStream
 from allmlp.data.images import load_images
 from allmlp.data.sampling import IGNORED
 from allmlp.data.shards import Row, Shards, Share, find_shards, measured, shuffled
 from allmlp.errors import UserError
-from tests.data.shards import write_parquet, write_tars
+from tests.data.shards import picture, write_parquet, write_tars
 
 SIZES = (7, 13, 1, 22)
 CFG = {"input_size": (3, 8, 8), "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "crop_pct": 1.0}
@@ -139,10 +140,15 @@ def test_known_lengths_spare_looking_into_tar_files(tmp_path: Path) -> None:
     info = {"splits": {"train": {"filenames": names, "shard_lengths": [30, 40], "num_samples": 70}}}
     (tmp_path / "_info.json").write_text(json.dumps(info))
     assert measured(files)[0] == (30, 40)
-    (tmp_path / "classnames.txt").write_text("bird\ncat\ndog\n")
+    (tmp_path / "classnames.txt").write_bytes(b"bird\r\ncat\r\ndog\r\n")
     classes, images = image_sources.streamed(files, str(tmp_path), None, None)
     assert classes == ("bird", "cat", "dog")
     assert images.index[2] == images.index["dog"] == 2
+    with pytest.raises(UserError, match=r"train-0000.tar ends after 3 of its 30 examples"):
+        list(images.shards.rows(range(70)))
+    (tmp_path / "_info.json").write_text(json.dumps({"splits": {"train": {"filenames": names}}}))
+    with pytest.raises(UserError, match=r"_info.json beside .* is not as timm writes it"):
+        measured(files)
 
 
 def test_a_broken_shard_and_a_broken_image_are_named(tmp_path: Path) -> None:
@@ -159,6 +165,23 @@ def test_a_broken_shard_and_a_broken_image_are_named(tmp_path: Path) -> None:
     (tmp_path / "train-0001.parquet").touch()
     with pytest.raises(UserError, match=r"train-0001.parquet cannot be read"):
         list(Shards(files=(str(tmp_path / "train-0001.parquet"),), sizes=(3,)).rows(range(3)))
+
+
+def test_only_rows_of_a_known_class_are_examples(tmp_path: Path) -> None:
+    row = {"0.png": picture(0), "0.cls": b"1"}
+    others = {"1.png": picture(1), "2.png": picture(2), "2.cls": "²".encode()}
+    with tarfile.open(tmp_path / "train.tar", "w") as archive:
+        for name, content in {"._0.png": b"macOS", **row, **others}.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    (tmp_path / "classnames.txt").write_text("bird\ncat\n")
+    _, images = image_sources.streamed([str(tmp_path / "train.tar")], str(tmp_path), None, None)
+    first, *unknown = images.shards.rows(range(len(images)))
+    assert images.example(first)[:3] == (0, {"bytes": row["0.png"], "path": None}, 1)
+    for number, (broken, label) in enumerate(zip(unknown, ("None", "'²'"), strict=True), 1):
+        with pytest.raises(UserError, match=rf"train.tar row {number} has {label} in 'cls', which is no class"):
+            images.example(broken)
 
 
 def test_training_streams_and_validation_does_not(tmp_path: Path) -> None:

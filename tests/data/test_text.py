@@ -93,6 +93,12 @@ def test_the_last_masked_window_of_evaluation_is_padded() -> None:
     assert (batch["labels"][0, 3:] == IGNORED).all()
 
 
+def test_a_text_of_which_nothing_is_masked_is_refused() -> None:
+    masking = Masking(share=1e-9, mask_token=50, vocabulary=50)
+    with pytest.raises(UserError, match="of the text's 13 tokens none is masked: give more text"):
+        TokenWindows(numbers(13), 10, masking=masking)
+
+
 def test_a_text_shorter_than_a_window_is_refused() -> None:
     with pytest.raises(UserError, match=r"the text has 8 tokens, too few for windows of 8.*--context"):
         TokenWindows(numbers(8), 8, seed=0)

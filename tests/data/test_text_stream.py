@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from allmlp.data.image_batches import as_is
+from allmlp.data import as_is
 from allmlp.data.sampling import IGNORED
 from allmlp.data.text import Masking
 from allmlp.data.text_stream import TokenStream, streamed_text

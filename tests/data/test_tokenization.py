@@ -67,6 +67,8 @@ def test_a_tokenizer_that_fits_no_model_is_refused(tmp_path) -> None:
     model = GMLPForCausalLM(GMLPConfig.named("gmlp_nano", vocab_size=100, num_hidden_layers=1))
     with pytest.raises(UserError, match="bytes has 256 tokens, the model a vocabulary of 100"):
         fitting_tokenizer(BYTES, model)
+    with pytest.raises(UserError, match="which characters the model knows is not known"):
+        fitting_tokenizer(CHARACTERS, model)
     with pytest.raises(UserError, match="only a language model has a tokenizer"):
         fitting_tokenizer(BYTES, nn.Linear(2, 2))
 

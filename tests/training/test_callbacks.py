@@ -87,6 +87,20 @@ def test_averaged_weights_follow_swap_and_come_back(tmp_path: Path) -> None:
         torch.testing.assert_close(model.weight, start + 0.5)
 
 
+def test_tied_weights_are_averaged_once(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    model[1].weight = model[0].weight
+    averaged = AveragedWeights(decay=0.5)
+    averaged.on_train_begin(None, _state(), _control(), model=model)
+    start = model[0].weight.detach().clone()
+    with torch.no_grad():
+        model[0].weight.add_(1)
+    averaged.on_step_end(None, _state(global_step=1000), _control(), model=model)
+    averaged.save(tmp_path)
+    with averaged.swapped(model):
+        torch.testing.assert_close(model[1].weight, start + 0.5)
+
+
 _ARGUMENTS = types.SimpleNamespace(device=torch.device("cpu"), world_size=1, logging_steps=10)
 
 

@@ -10,6 +10,7 @@ from allmlp.checkpoints.conversion import convert_checkpoint, write_run_director
 from allmlp.errors import UserError
 from allmlp.training import evaluation, vision
 from allmlp.training.evaluation import accuracy_of, confusion, evaluate, predict
+from allmlp.training.recipe import VisionRecipe
 from tests.checkpoints.parity import GOLDEN
 from tests.pictures import picture, write_classes
 from tests.training.tiny import tiny_recipe
@@ -58,7 +59,7 @@ def test_a_run_is_measured_at_another_size(run: Path) -> None:
 
 def metrics_data(run: Path) -> str:
     """What the run was trained on."""
-    recipe = evaluation.recipe_of(str(run))
+    recipe = evaluation.recipe_of(str(run), VisionRecipe)
     assert recipe is not None
     assert recipe.data is not None
     return recipe.data

@@ -89,6 +89,10 @@ def test_evaluation_gives_the_runs_own_score(written, tmp_path) -> None:
     assert closer["nats_per_token"] < found["nats_per_token"]
     other = evaluate(str(run), write_text(tmp_path / "other.txt", TEXT[:3000] + "üü"))
     assert (other["part"], other["unknown"]) == ("all", 2)
+    (tmp_path / "empty").mkdir()
+    for name in "ab":
+        write_text(tmp_path / "empty" / f"{name}.txt", "")
+    assert "bits_per_character" not in evaluate(str(run), str(tmp_path / "empty"))
     assert "per" in evaluation_text(found)
 
 
@@ -206,6 +210,7 @@ def test_what_cannot_be_trained_is_refused(written, tmp_path) -> None:
         ({"model": "gmlp_nanoo"}, "no language model 'gmlp_nanoo'. Did you mean 'gmlp_nano'"),
         ({"model": None}, "name a model, or a run directory to start from"),
         ({"model_args": {"num_spatial_heads": 5}}, "num_spatial_heads must divide the gate's 256 channels, got 5"),
+        ({"model_args": {"hiden_size": 64}}, r"model_args sets 'hiden_size', .* Did you mean 'hidden_size'"),
         ({"model_args": {"hidden_size": "wide"}}, "The model cannot be made so: .*hidden_size"),
         ({"context": 100_000}, "the text has .* tokens, too few for windows of 100000"),
         ({"model": None, "start_from": run, "train_tokenizer": 300, "model_args": {}}, "a tokenizer trained anew"),

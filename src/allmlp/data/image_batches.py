@@ -160,11 +160,6 @@ class ImageBatches(BatchMaker, Dataset):
         return batch
 
 
-def as_is(batch: Any) -> Any:
-    """The collate function for `ImageBatches`, whose batches need none."""
-    return batch
-
-
 def evaluation_transform(cfg: Mapping[str, Any]) -> ImageTransform:
     """timm's resize and centre crop for a model's `pretrained_cfg`."""
     keys = ("input_size", "interpolation", "crop_pct", "crop_mode")

@@ -1,6 +1,5 @@
 """Where labelled images lie: one function per kind of place, each giving the classes and the splits."""
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,15 @@ from allmlp.data.shards import (
     VALIDATION_NAMES,
     ImageShards,
     Shards,
+    check_class_column,
     class_names,
     find_shards,
     first_columns,
     measured,
+    refuse_missing_path,
+    split_names,
 )
-from allmlp.errors import UserError
+from allmlp.errors import UserError, first_line
 
 DIGITS = "digits"
 
@@ -45,8 +47,7 @@ def find(data: str, image_column: str | None = None, label_column: str | None = 
         )
     if path.is_dir():
         return folder(path)
-    if data.startswith((".", "/", "~")) or data.count("/") > 1 or (os.sep != "/" and os.sep in data):
-        raise UserError(f"There is no file or folder {data}.")
+    refuse_missing_path(data)
     return hub(data, image_column, label_column)
 
 
@@ -106,9 +107,9 @@ def hub(name: str, image_column: str | None, label_column: str | None) -> Found:
     try:
         loaded = datasets.load_dataset(repository, configuration or None)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"'{name}' is neither {DIGITS}, nor a file or folder here, nor a Hub dataset that can be loaded: {reason}"
+            f"'{name}' is neither {DIGITS}, nor a file or folder here, nor a Hub dataset that can be loaded: "
+            f"{first_line(error)}"
         ) from error
     return _from_tables(loaded, name, image_column, label_column)
 
@@ -128,27 +129,18 @@ def table(files: Mapping[str, Sequence[str]], data: str, image_column: str | Non
         cause = error.__cause__ or error
         paths = [path for split in files.values() for path in split]
         broken = (broken_shard(paths) if kind == "parquet" else None) or data
-        raise UserError(f"{broken} cannot be read as {kind}: {str(cause).strip().splitlines()[0]}") from error
+        raise UserError(f"{broken} cannot be read as {kind}: {first_line(cause)}") from error
     return _from_tables(loaded, data, image_column, label_column)
 
 
 def _from_tables(tables: Any, data: str, image_column: str | None, label_column: str | None) -> Found:
     import datasets
 
-    chosen = {"train": next((name for name in TRAIN_NAMES if name in tables), None)}
-    if chosen["train"] is None:
-        if len(tables) != 1:
-            raise UserError(f"{data} has no training split; its splits are {', '.join(tables)}.")
-        chosen["train"] = next(iter(tables))
-    else:
-        chosen["validation"] = next((name for name in VALIDATION_NAMES if name in tables), None)
-    chosen = {split: name for split, name in chosen.items() if name}
+    chosen = split_names(tables, data)
     features = tables[chosen["train"]].features
     image_column = _image_column(features, data, image_column)
     label_column = _label_column(features, data, label_column)
-    if not isinstance(features[label_column], (datasets.ClassLabel, datasets.Value)):
-        kind = type(features[label_column]).__name__.lower()
-        raise UserError(f"Column '{label_column}' of {data} holds no classes, but values of type {kind}.")
+    check_class_column(features, label_column, data)
     raw = {split: tables[name].with_format("arrow")[label_column].to_pylist() for split, name in chosen.items()}
     if isinstance(features[label_column], datasets.ClassLabel):
         classes = tuple(features[label_column].names)
@@ -239,14 +231,9 @@ def hub_shards(name: str) -> dict[str, tuple[str, ...]]:
     try:
         files = datasets.load_dataset_builder(repository, configuration or None).config.data_files or {}
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"'{name}' is no file or folder here, and no Hub dataset: {reason}") from error
-    splits = {}
-    for split, names in (("train", TRAIN_NAMES), ("validation", VALIDATION_NAMES)):
-        found = next((files[name] for name in names if name in files), ())
-        if found:
-            splits[split] = tuple(found)
-    if not splits.get("train") or not splits["train"][0].endswith(KINDS):
+        raise UserError(f"'{name}' is no file or folder here, and no Hub dataset: {first_line(error)}") from error
+    splits = {split: tuple(files[found]) for split, found in split_names(files, name).items()} if files else {}
+    if not splits or not splits["train"][0].endswith(KINDS):
         raise UserError(f"The Hub's {name} has no .parquet or .tar files to train on, and cannot be streamed.")
     return splits
 
@@ -268,6 +255,8 @@ def streamed(files: Sequence[str], data: str, image_column: str | None, label_co
     else:
         image = _image_column(columns, data, image_column)
     label = _label_column(columns, data, label_column)
+    if not files[0].endswith(".tar"):
+        check_class_column(columns, label, data)
     classes = class_names(files[0])
     if isinstance(columns[label], datasets.ClassLabel):
         classes = tuple(columns[label].names)

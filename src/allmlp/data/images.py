@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from allmlp.data import image_sources
 from allmlp.data.labelled_images import LabelledImages, UnreadableImage, decode, read_header
+from allmlp.data.sampling import hold_out
 from allmlp.data.shards import ImageShards
 from allmlp.errors import UserError
 
@@ -84,7 +85,7 @@ def load_images(
             "add images or give a validation split."
         )
     else:
-        train, validation = hold_out(train, holdout, seed)
+        train, validation = (train.subset(places) for places in hold_out(train.labels, holdout, seed))
     return ImageData(classes=classes, train=train, validation=validation, unreadable=found.unreadable)
 
 
@@ -154,27 +155,6 @@ def read_images(
         shown = ", ".join(unreadable[:5]) + (", …" if len(unreadable) > 5 else "")
         _log.warning("left out %d of %s that cannot be read: %s", len(unreadable), data, shown)
     return ImageSplits(classes=classes, splits=splits, unreadable=tuple(unreadable))
-
-
-def hold_out(images: LabelledImages, share: float, seed: int) -> tuple[LabelledImages, LabelledImages]:
-    """Cuts images in two, class by class, the same way for the same seed.
-
-    Args:
-        images: At least two of each class.
-        share: Part of them held out, at least one per class.
-        seed: Seed of the cut.
-
-    Returns:
-        What is kept and what is held out, each in the order of `images`.
-    """
-    from sklearn.model_selection import train_test_split
-
-    classes = len(np.unique(images.labels))
-    held_out = min(max(round(share * len(images)), classes), len(images) - classes)
-    kept, out = train_test_split(
-        np.arange(len(images)), test_size=held_out, random_state=seed, stratify=images.labels.tolist()
-    )
-    return images.subset(np.sort(kept)), images.subset(np.sort(out))
 
 
 def read_all(images: LabelledImages, mode: str, strict: bool = False) -> tuple[LabelledImages, dict[str, str]]:

@@ -9,7 +9,8 @@ import torch
 from torch.utils.data import Dataset
 
 from allmlp.data import NAMES
-from allmlp.data.sampling import ignored
+from allmlp.data.sampling import hold_out, ignored
+from allmlp.data.shards import check_class_column
 from allmlp.data.text_sources import Documents, read_tables, text_and_label
 from allmlp.errors import UserError
 
@@ -33,7 +34,7 @@ class LabelledTexts:
         """The texts alone."""
         return Documents(texts=self.texts, name=name)
 
-    def subset(self, places: Sequence[int]) -> "LabelledTexts":
+    def subset(self, places: Sequence[int] | np.ndarray) -> "LabelledTexts":
         """The texts at these places."""
         return LabelledTexts(texts=[self.texts[place] for place in places], labels=self.labels[list(places)])
 
@@ -56,9 +57,7 @@ def read_labelled_texts(
     tables = read_tables(data)
     text, label = text_and_label(tables["train"].column_names, data, text_column, label_column)
     feature = tables["train"].features[label]
-    if not isinstance(feature, (datasets.ClassLabel, datasets.Value)):
-        kind = type(feature).__name__.lower()
-        raise UserError(f"Column '{label}' of {data} holds no classes, but values of type {kind}.")
+    check_class_column(tables["train"].features, label, data)
     raw = {split: (table[text][:], table[label][:]) for split, table in tables.items()}
     if isinstance(feature, datasets.ClassLabel):
         names: Sequence[Any] = range(len(feature.names))
@@ -90,20 +89,22 @@ def load_labelled_texts(
     Args:
         holdout: share of each class held out where the data has no validation split of its own.
         seed: of that cut.
+
+    Raises:
+        UserError: and nothing can be held out of a class.
     """
     classes, splits = read_labelled_texts(data, text_column=text_column, label_column=label_column)
     train = splits["train"]
     if "validation" in splits:
         return classes, train, splits["validation"]
-    from sklearn.model_selection import train_test_split
-
-    try:
-        kept, held_out = train_test_split(
-            np.arange(len(train)), test_size=holdout, random_state=seed, stratify=list(train.labels)
+    single = np.flatnonzero(np.bincount(train.labels) == 1)
+    if len(single):
+        raise UserError(
+            f"Class '{classes[single[0]]}' of {data} has a single text, so none can be held out; "
+            "add texts or give a validation split."
         )
-    except ValueError as error:
-        raise UserError(f"{data} has too few texts to hold out {holdout:.0%} of each class: {error}") from error
-    return classes, train.subset(sorted(kept)), train.subset(sorted(held_out))
+    kept, held_out = hold_out(train.labels, holdout, seed)
+    return classes, train.subset(kept), train.subset(held_out)
 
 
 class TextBatches(Dataset):

@@ -1,15 +1,36 @@
-"""Which examples of an epoch which process takes: together all of them, each once."""
+"""Which examples are held out, and which of the others a process takes in an epoch: together all, each once."""
 
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor
 from torch.utils.data import Sampler
 
 IGNORED = -100
 """The label of what does not count in a loss or a score."""
+
+
+def hold_out(labels: Int[np.ndarray, " examples"], share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cuts labelled examples in two, class by class, the same way for the same seed.
+
+    Args:
+        labels: Their classes, at least two of each.
+        share: Part of them held out: of each class as near to it as whole numbers allow, and in all at least as many,
+            and left over, as there are classes.
+        seed: Seed of the cut.
+
+    Returns:
+        The places of what is kept and of what is held out, in order.
+    """
+    from sklearn.model_selection import train_test_split
+
+    classes = len(np.unique(labels))
+    count = min(max(round(share * len(labels)), classes), len(labels) - classes)
+    kept, out = train_test_split(np.arange(len(labels)), test_size=count, random_state=seed, stratify=labels.tolist())
+    return np.sort(kept), np.sort(out)
 
 
 class ShuffledBatches(Sampler[list[int]]):

@@ -4,10 +4,12 @@ Files are opened through fsspec, so that a shard may be a path, `hf://…`, `s3:
 """
 
 import contextlib
+import itertools
 import json
+import os
 import re
 import tarfile
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import PurePosixPath
@@ -16,7 +18,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import get_worker_info
 
-from allmlp.errors import UserError
+from allmlp.errors import UserError, shown
 
 KINDS = (".parquet", ".tar")
 TRAIN_NAMES = ("train", "training")
@@ -71,11 +73,13 @@ class Shards:
                 file = self.files[shard]
                 rows = _tar_rows(file) if file.endswith(".tar") else _parquet_rows(file, self.columns, start)
                 begin = 0 if file.endswith(".tar") else start
-                for place, values in enumerate(rows, begin):
-                    if place >= stop:
-                        break
+                place = begin
+                for values in itertools.islice(rows, stop - begin):
                     if place >= start:
                         yield Row(number=self.starts[shard] + place, name=f"{file} row {place}", values=values())
+                    place += 1
+                if place < stop:
+                    raise UserError(f"{file} ends after {place:,} of its {self.sizes[shard]:,} examples.")
             first += self.sizes[shard]
 
 
@@ -99,10 +103,17 @@ class ImageShards:
         return len(self.shards)
 
     def example(self, row: Row) -> tuple[int, Any, int, str]:
-        """A row as `BatchMaker.make_batch` takes it: its number, the image, its class, its name."""
+        """A row as `BatchMaker.make_batch` takes it: its number, the image, its class, its name.
+
+        Raises:
+            UserError: It has no class, or one that is not in the index.
+        """
         image = row.values.get(self.image)
         source = {"bytes": image, "path": None} if isinstance(image, bytes) else image or {}
-        return row.number, source, self.index[label_value(row.values.get(self.label))], row.name
+        label = label_value(row.values.get(self.label))
+        if label not in self.index:
+            raise UserError(f"{row.name} has {shown(label)} in '{self.label}', which is no class.")
+        return row.number, source, self.index[label], row.name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +212,44 @@ def find_shards(data: str) -> dict[str, tuple[str, ...]]:
     return {split: tuple(members) for split, members in splits.items()}
 
 
+def split_names(found: Collection[Any], data: str) -> dict[str, str]:
+    """Which of a data set's splits is `train`, and which, if any, is `validation`.
+
+    Raises:
+        UserError: It has several, and none of them for training.
+    """
+    train = next((name for name in TRAIN_NAMES if name in found), None)
+    if train is None:
+        if len(found) != 1:
+            raise UserError(f"{data} has no training split; its splits are {', '.join(map(str, found))}.")
+        return {"train": next(iter(found))}
+    validation = next((name for name in VALIDATION_NAMES if name in found), None)
+    return {"train": train} | ({"validation": validation} if validation else {})
+
+
+def check_class_column(features: Mapping[str, Any], column: str, data: str) -> None:
+    """Does nothing where a table's column, of one of datasets' types, can hold classes.
+
+    Raises:
+        UserError: Its values are lists, images or the like.
+    """
+    import datasets
+
+    if not isinstance(features[column], (datasets.ClassLabel, datasets.Value)):
+        kind = type(features[column]).__name__.lower()
+        raise UserError(f"Column '{column}' of {data} holds no classes, but values of type {kind}.")
+
+
+def refuse_missing_path(data: str) -> None:
+    """Does nothing where `data`, which is no file or folder, may be a dataset's name on the Hub.
+
+    Raises:
+        UserError: It can only be a path.
+    """
+    if data.startswith((".", "/", "~")) or data.count("/") > 1 or (os.sep != "/" and os.sep in data):
+        raise UserError(f"There is no file or folder {data}.")
+
+
 def measured(files: Sequence[str], column: str | None = None) -> tuple[tuple[int, ...], list[Any]]:
     """How many examples each shard holds; and, where a column is named, its values, each once.
 
@@ -210,12 +259,14 @@ def measured(files: Sequence[str], column: str | None = None) -> tuple[tuple[int
     if column is None and files[0].endswith(".tar"):
         known = _read_beside(files[0], INFO)
         if known is not None:
-            splits = json.loads(known)["splits"].values()
-            lengths = {
-                name: size
-                for split in splits
-                for name, size in zip(split["filenames"], split["shard_lengths"], strict=True)
-            }
+            try:
+                lengths = {
+                    str(name): int(size)
+                    for split in json.loads(known)["splits"].values()
+                    for name, size in zip(split["filenames"], split["shard_lengths"], strict=True)
+                }
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise UserError(f"{INFO} beside {files[0]} is not as timm writes it.") from error
             names = [PurePosixPath(file).name for file in files]
             if all(name in lengths for name in names):
                 return tuple(lengths[name] for name in names), []
@@ -239,14 +290,14 @@ def label_value(raw: Any) -> Any:
     """A class as a table holds it; a tar file's member is text, or the digits of a number."""
     if isinstance(raw, bytes):
         text = raw.decode("utf-8", "replace").strip()
-        return int(text) if text.isdigit() else text
+        return int(text) if text.isdecimal() else text
     return raw
 
 
 def class_names(file: str) -> tuple[str, ...] | None:
     """The lines of `classnames.txt` beside a shard, if it is there."""
     text = _read_beside(file, CLASS_NAMES)
-    return None if text is None else tuple(text.decode("utf-8").rstrip("\n").split("\n"))
+    return None if text is None else tuple(text.decode("utf-8").strip().splitlines())
 
 
 def first_columns(file: str) -> Mapping[str, Any]:
@@ -300,10 +351,11 @@ def _tar_rows(file: str, only: str | None = None) -> Generator[Any, None, None]:
         for member in archive:
             # or it would remember them all
             archive.members = []  # type: ignore[attr-defined]
-            if not member.isfile():
-                continue
             folder, _, name = member.name.rpartition("/")
             stem, _, ending = name.partition(".")
+            # hidden files, such as macOS adds, belong to no row
+            if not member.isfile() or not stem:
+                continue
             if members and (folder, stem) != key:
                 yield lambda found=members: _read(archive, found, only)
                 members = {}

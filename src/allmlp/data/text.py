@@ -111,7 +111,7 @@ class TokenWindows(Dataset):
             where it has the most context.
 
     Raises:
-        UserError: the text is shorter than one window.
+        UserError: the text is shorter than one window, or has nothing to predict.
     """
 
     def __init__(
@@ -135,12 +135,15 @@ class TokenWindows(Dataset):
                 "give more text, or a shorter context (--context)"
             )
         self.epoch = self.offset = 0
+        # the same windows and masks each time
+        if masking is not None and seed is None and all((self[i]["labels"] == IGNORED).all() for i in range(len(self))):
+            raise UserError(f"of the text's {len(tokens):,} tokens none is masked: give more text")
 
     def set_epoch(self, epoch: int) -> None:
         """Let the windows begin where this epoch's do."""
         self.epoch = epoch
-        if self.seed is not None and epoch > 0:
-            self.offset = int(np.random.default_rng((self.seed, epoch)).integers(self.context))
+        if self.seed is not None:
+            self.offset = int(np.random.default_rng((self.seed, epoch)).integers(self.context)) if epoch else 0
 
     def __len__(self) -> int:
         return 1 + max(0, -(-(self.positions - self.context) // self.stride))

@@ -4,7 +4,6 @@ Nothing is read as a whole: documents come one after another, from a file in pie
 """
 
 import codecs
-import os
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,8 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from allmlp.data.image_sources import broken_shard
-from allmlp.data.shards import TRAIN_NAMES, VALIDATION_NAMES, find_shards
-from allmlp.errors import UserError
+from allmlp.data.shards import find_shards, refuse_missing_path, split_names
+from allmlp.errors import UserError, first_line
 
 STDLIB = "python-stdlib"
 TEXT_COLUMNS = ("text", "txt", "content", "sentence", "document", "review")
@@ -186,26 +185,18 @@ def read_tables(data: str) -> dict[str, Any]:
             found = datasets.load_dataset(
                 "parquet", data_files={name: list(files) for name, files in find_shards(str(path)).items()}
             )
-        elif data.startswith((".", "/", "~")) or data.count("/") > 1 or (os.sep != "/" and os.sep in data):
-            raise UserError(f"There is no file or folder {data}.")
         else:
+            refuse_missing_path(data)
             repository, _, configuration = data.partition(":")
             found = datasets.load_dataset(repository, configuration or None)
     except UserError:
         raise
     # datasets, the Hub's client and the readers each have errors of their own
     except Exception as error:
-        cause = str(error.__cause__ or error).strip() or type(error).__name__
+        reason = first_line(error.__cause__ or error)
         shards = [path] if path.suffix == ".parquet" else sorted(path.rglob("*.parquet"))
-        raise UserError(f"{broken_shard(shards) or data} cannot be read as text: {cause.splitlines()[0]}") from error
-    train = next((name for name in TRAIN_NAMES if name in found), None)
-    if train is None:
-        if len(found) != 1:
-            raise UserError(f"{data} has no training split; its splits are {', '.join(map(str, found))}.")
-        train = next(iter(found))
-    validation = next((name for name in VALIDATION_NAMES if name in found), None)
-    chosen = {"train": train, "validation": validation if validation != train else None}
-    return {split: found[name] for split, name in chosen.items() if name}
+        raise UserError(f"{broken_shard(shards) or data} cannot be read as text: {reason}") from error
+    return {split: found[name] for split, name in split_names(found, data).items()}
 
 
 def find_text_column(columns: Sequence[str], data: str, wanted: str | None) -> str:

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from allmlp.data.text_sources import Readable, TextFile
-from allmlp.errors import UserError
+from allmlp.errors import UserError, first_line
 
 BYTES, CHARACTERS = "bytes", "characters"
 END, MASK, UNKNOWN = "<|endoftext|>", "<|mask|>", "<|unknown|>"
@@ -81,11 +81,14 @@ def fitting_tokenizer(name: str, model: Any) -> Any:
         model: a language model.
 
     Raises:
-        UserError: there is no such tokenizer, it has more tokens than the model, or this is no language model.
+        UserError: there is no such tokenizer, it has more tokens than the model, or it would be made of a text; or this
+            is no language model.
     """
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
     if vocabulary is None:
         raise UserError("only a language model has a tokenizer")
+    if name == CHARACTERS:
+        raise UserError("which characters the model knows is not known: give the tokenizer it was trained with")
     if name != BYTES:
         tokenizer = load_tokenizer(name)
     elif vocabulary < 258:
@@ -113,10 +116,9 @@ def load_tokenizer(name: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     # a broken file raises tokenizers' bare Exception
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"'{name}' is no tokenizer: neither {BYTES} nor {CHARACTERS}, nor a file, a directory or a name on the Hub "
-            f"that transformers can load ({reason})"
+            f"that transformers can load ({first_line(error)})"
         ) from error
 
 

@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from allmlp.distributed import is_first_process, largest_anywhere
+from allmlp.errors import first_line
 
 _log = logging.getLogger(__name__)
 
@@ -119,7 +120,8 @@ class DataEpoch(TrainerCallback):
 class AveragedWeights(TrainerCallback):
     """An exponential moving average of the weights, saved with every checkpoint.
 
-    Of sharded weights each process averages its own shards.
+    Of sharded weights each process averages its own shards. timm's ModelEmaV3 goes through the whole state, where tied
+    weights stand twice and would move twice a step, and deep-copies the model, which cannot be done once it is sharded.
 
     Args:
         decay: The average's decay per optimiser step; it starts lower and rises to this (timm's warm-up).
@@ -224,7 +226,7 @@ class TensorBoard(TensorBoardCallback):
                 writer.add_graph(module.eval(), example.to(device))
         # a model that cannot be traced still trains
         except Exception as error:
-            _log.info("TensorBoard gets no graph: %s", str(error).strip().splitlines()[0])
+            _log.info("TensorBoard gets no graph: %s", first_line(error))
         finally:
             module.train(training)
 

@@ -14,13 +14,14 @@ from tqdm import tqdm
 
 from allmlp.checkpoints import run_directory
 from allmlp.checkpoints.run_directory import TimmModel
-from allmlp.data.image_batches import ImageBatches, as_is, evaluation_transform
+from allmlp.data import as_is
+from allmlp.data.image_batches import ImageBatches, evaluation_transform
 from allmlp.data.images import IMAGE_MODES, load_images, read_all, read_images
 from allmlp.data.labelled_images import SUFFIXES, LabelledImages
 from allmlp.data.sampling import IGNORED
 from allmlp.errors import UserError
 from allmlp.tables import table
-from allmlp.training.recipe import VisionRecipe, make_recipe, read_settings
+from allmlp.training.recipe import RECIPES, RecipeT, VisionRecipe, make_recipe, read_settings
 
 
 def evaluation_batches(images: LabelledImages, cfg: dict[str, Any]) -> ImageBatches:
@@ -58,15 +59,25 @@ def logits_of(
 
 
 def accuracy_of(
-    logits: Float[Tensor, "images classes"], labels: Int[Tensor, " images"], classes: Sequence[str]
+    logits: Float[Tensor, "examples classes"],
+    labels: Int[Tensor, " examples"],
+    classes: Sequence[str],
+    unit: str = "images",
 ) -> dict[str, Any]:
-    """Loss, top-1 and top-5 accuracy, and each class's accuracy (its recall), precision and number of images."""
+    """Loss, top-1 and top-5 accuracy, and each class's accuracy (its recall), precision and number of examples.
+
+    Args:
+        logits: A classifier's.
+        labels: The true classes.
+        classes: Their names.
+        unit: What the examples are; their numbers stand under this name.
+    """
     predicted = logits.argmax(1)
     counts = confusion(labels, predicted, len(classes))
     right, present, said = counts.diagonal(), counts.sum(1), counts.sum(0)
     best = logits.topk(min(5, len(classes)), dim=1).indices
     return {
-        "images": len(labels),
+        unit: len(labels),
         "loss": F.cross_entropy(logits, labels).item(),
         "accuracy": (predicted == labels).float().mean().item(),
         "top5": (best == labels[:, None]).any(1).float().mean().item(),
@@ -74,7 +85,7 @@ def accuracy_of(
             name: {
                 "accuracy": (right[i] / present[i]).item(),
                 "precision": (right[i] / said[i].clamp(min=1)).item(),
-                "images": int(present[i]),
+                unit: int(present[i]),
             }
             for i, name in enumerate(classes)
             if present[i]
@@ -121,13 +132,13 @@ def evaluate(
     """
     model = load_classifier(run, img_size, patch_kernel)
     cfg = model.pretrained_cfg
-    recipe = recipe_of(run)
+    recipe = recipe_of(run, VisionRecipe)
     data = data or (recipe.data if recipe else None)
     if data is None:
         raise UserError(f"{run} does not say what it was trained on; name the data to evaluate on.")
     columns = {"image_column": recipe.image_column, "label_column": recipe.label_column} if recipe else {}
     channels = cfg["input_size"][0]
-    if recipe and _same(data, recipe.data):
+    if recipe and same_data(data, recipe.data):
         seen = load_images(
             data,
             holdout=recipe.holdout,
@@ -239,16 +250,15 @@ def load_classifier(
     return model
 
 
-def recipe_of(run: str) -> VisionRecipe | None:
-    """The recipe a run was trained with, where it has one."""
-    path = Path(run) / run_directory.RECIPE
-    if not path.is_file():
-        path = Path(run).parent / run_directory.RECIPE
-        if not path.is_file():
-            return None
-    settings = read_settings(path)
-    settings.pop("task", None)
-    return make_recipe(settings, VisionRecipe, str(path))
+def recipe_of(run: str, kind: type[RecipeT]) -> RecipeT | None:
+    """The recipe of this kind that a run, or the run of a checkpoint, was trained with, where it has one."""
+    for folder in (Path(run), Path(run).parent):
+        path = folder / run_directory.RECIPE
+        if path.is_file():
+            settings = read_settings(path)
+            found = RECIPES.get(str(settings.pop("task", None)))
+            return make_recipe(settings, found, str(path)) if found and issubclass(found, kind) else None
+    return None
 
 
 def relabelled(images: LabelledImages, names: Sequence[str], known: Sequence[str], data: str) -> LabelledImages:
@@ -283,7 +293,8 @@ def _files(files: Sequence[str]) -> list[Path]:
     return paths
 
 
-def _same(first: str, second: str | None) -> bool:
+def same_data(first: str, second: str | None) -> bool:
+    """Whether two names of data are of the same."""
     if first == second:
         return True
     return second is not None and Path(first).exists() and Path(first).resolve() == Path(second).resolve()

@@ -114,9 +114,11 @@ class Divergence:
                 file.write(json.dumps(entry, ensure_ascii=False) + "\n")
         more = len(examples) - SHOWN
         rest = f" and {more} more, listed in {self.output / run_directory.FAULTS}" if more > 0 else ""
+        # what is cut from a stream of text has no names
+        batch = f" Its batch: {', '.join(examples[:SHOWN])}{rest}." if examples else ""
         return (
             f"The {'loss' if is_loss else 'gradient'} of step {step.number:,} is {value} (learning rate "
-            f"{step.learning_rate:.3g}). Its batch: {', '.join(examples[:SHOWN])}{rest}."
+            f"{step.learning_rate:.3g}).{batch}"
         )
 
 

@@ -1,5 +1,6 @@
 """From a language recipe to a trained run directory: causal and masked language models, classifiers of texts."""
 
+import dataclasses
 import functools
 import logging
 from pathlib import Path
@@ -13,20 +14,20 @@ from transformers import set_seed
 
 from allmlp.checkpoints import run_directory
 from allmlp.checkpoints.training_checkpoints import checkpoint_step
-from allmlp.data.image_batches import as_is
+from allmlp.data import as_is
 from allmlp.data.labelled_texts import TextBatches, load_labelled_texts
 from allmlp.data.sampling import IGNORED
 from allmlp.data.text import Masking, TextData, TokenWindows, load_text
 from allmlp.data.text_stream import TokenStream, streamed_text
 from allmlp.data.tokenization import BYTES, Tokens, fitting_tokenizer, make_tokenizer
 from allmlp.distributed import process_count, process_index
-from allmlp.errors import UserError
+from allmlp.errors import UserError, nearest, shown
 from allmlp.language import GMLPConfig, GMLPForCausalLM, GMLPForMaskedLM, GMLPForSequenceClassification
 from allmlp.training import language_report
 from allmlp.training.callbacks import TensorBoard
 from allmlp.training.engine import Engine, chosen_precision, prepare_output, surroundings
 from allmlp.training.evaluation import accuracy_of
-from allmlp.training.language_evaluation import classify, in_texts, model_tokenizer, text_loss, text_measures
+from allmlp.training.language_evaluation import classify, model_tokenizer, text_loss, text_measures
 from allmlp.training.recipe import CausalRecipe, LanguageRecipe, MaskedRecipe, TextClassificationRecipe
 
 _log = logging.getLogger(__name__)
@@ -175,6 +176,8 @@ def _training_windows(
 def _train_classifier(
     recipe: TextClassificationRecipe, output: Path, start: Any, tokenizer: Any, resume: bool, overwrite: bool
 ) -> dict[str, Any]:
+    if recipe.streaming:
+        raise UserError("Texts with classes do not stream: leave --streaming out.")
     classes, train_texts, held_out_texts = load_labelled_texts(
         str(recipe.data),
         holdout=recipe.holdout,
@@ -208,7 +211,7 @@ def _train_classifier(
         return {}
     run_directory.save_language(output, model, tokenizer)
     logits, labels = classify(model, held_out)
-    found = in_texts(accuracy_of(logits, labels, classes))
+    found = accuracy_of(logits, labels, classes, unit="texts")
     metrics = {**_common_metrics(recipe, engine, model, "texts"), **found}
     report = language_report.write_classification(
         output / run_directory.REPORT, metrics["history"], logits, labels, classes
@@ -229,6 +232,11 @@ def planned_config(recipe: LanguageRecipe, start: Any, tokenizer: Any, classes: 
         UserError: There is no such model, or it cannot be made so.
     """
     changes: dict[str, Any] = dict(recipe.model_args)
+    known = [field.name for field in dataclasses.fields(GMLPConfig)]
+    for name in changes:
+        # a configuration would keep it, and the model not read it
+        if name not in known:
+            raise UserError(f"model_args sets {shown(name)}, which a GMLPConfig has not.{nearest(str(name), known)}")
     if recipe.dropout is not None:
         changes["hidden_dropout"] = recipe.dropout
     if recipe.survival is not None:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from allmlp.checkpoints import run_directory
-from allmlp.data.image_batches import as_is
+from allmlp.data import as_is
 from allmlp.data.labelled_texts import LabelledTexts, TextBatches, load_labelled_texts, read_labelled_texts
 from allmlp.data.sampling import IGNORED
 from allmlp.data.text import Masking, TokenWindows
@@ -22,8 +22,8 @@ from allmlp.data.text_sources import find_texts
 from allmlp.data.tokenization import Tokens, encode, load_tokenizer
 from allmlp.errors import UserError
 from allmlp.language import GMLPForCausalLM
-from allmlp.training.evaluation import accuracy_of
-from allmlp.training.recipe import RECIPES, LanguageRecipe, make_recipe, read_settings
+from allmlp.training.evaluation import accuracy_of, recipe_of, same_data
+from allmlp.training.recipe import LanguageRecipe
 
 
 @torch.inference_mode()
@@ -89,8 +89,10 @@ def text_measures(nats: float, predicted: int, text: Tokens, *, masked: bool = F
         # The first token is not predicted; it counts with the average, so that units of one token each agree.
         whole = per_token * len(text)
         for unit, count in (("character", text.characters), ("byte", text.bytes)):
-            measures[f"nats_per_{unit}"] = whole / count
-            measures[f"bits_per_{unit}"] = whole / count / math.log(2)
+            # bytes need not be characters, and documents may be empty
+            if count:
+                measures[f"nats_per_{unit}"] = whole / count
+                measures[f"bits_per_{unit}"] = whole / count / math.log(2)
     return measures
 
 
@@ -112,7 +114,7 @@ def evaluate(run: str, data: str | None = None, *, batch_size: int = 64, stride:
     Raises:
         UserError: The run or the data cannot be used, or they do not fit together.
     """
-    model, recipe = load_model(run), recipe_of(run)
+    model, recipe = load_model(run), recipe_of(run, LanguageRecipe)
     tokenizer = model_tokenizer(run, model)
     own = recipe.data if recipe else None
     data = data or own
@@ -120,7 +122,7 @@ def evaluate(run: str, data: str | None = None, *, batch_size: int = 64, stride:
         raise UserError(f"{run} does not say what it was trained on; name the data to evaluate on.")
     task = run_directory.task(run)
     context = min(recipe.context or 2**62 if recipe else 2**62, model.config.max_position_embeddings)
-    seen = recipe if recipe and _same(data, own) else None
+    seen = recipe if recipe and same_data(data, own) else None
     found: dict[str, Any] = {"run": str(run), "data": data, "task": task}
     if task == "text-classification":
         return found | _evaluate_classes(model, tokenizer, data, seen, recipe, context, batch_size)
@@ -239,18 +241,6 @@ def model_tokenizer(run: str, model: Any) -> Any:
     return tokenizer
 
 
-def recipe_of(run: str) -> LanguageRecipe | None:
-    """The recipe a run was trained with, where it has one."""
-    for folder in (Path(run), Path(run).parent):
-        path = folder / run_directory.RECIPE
-        if path.is_file():
-            settings = read_settings(path)
-            kind = RECIPES.get(str(settings.pop("task", None)))
-            if kind is not None and issubclass(kind, LanguageRecipe):
-                return make_recipe(settings, kind, str(path))
-    return None
-
-
 def _evaluate_classes(
     model: Any,
     tokenizer: Any,
@@ -275,15 +265,7 @@ def _evaluate_classes(
     index = np.array([known.index(name) for name in classes])
     relabelled = LabelledTexts(texts=texts.texts, labels=index[texts.labels])
     logits, labels = classify(model, TextBatches(relabelled, tokenizer, context), batch_size)
-    return {"part": part, **in_texts(accuracy_of(logits, labels, known))}
-
-
-def in_texts(found: dict[str, Any]) -> dict[str, Any]:
-    """What `accuracy_of` gives, counted in texts."""
-    found = {("texts" if name == "images" else name): value for name, value in found.items()}
-    for name, figures in found["per_class"].items():
-        found["per_class"][name] = {("texts" if key == "images" else key): value for key, value in figures.items()}
-    return found
+    return {"part": part, **accuracy_of(logits, labels, known, unit="texts")}
 
 
 def _prompts(prompts: Sequence[str], tokenizer: Any, run: str) -> dict[str, Tensor]:
@@ -291,10 +273,10 @@ def _prompts(prompts: Sequence[str], tokenizer: Any, run: str) -> dict[str, Tens
     if empty:
         raise UserError(f"Prompt {empty[0]} is empty: give at least one character.")
     for prompt in prompts:
-        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
-            place = ids.index(tokenizer.unk_token_id)
-            raise UserError(f"The model in {run} does not know {prompt[place]!r} in the prompt {prompt!r}.")
+        found = tokenizer(prompt, add_special_tokens=False)
+        if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in found["input_ids"]:
+            span = found.token_to_chars(found["input_ids"].index(tokenizer.unk_token_id))
+            raise UserError(f"The model in {run} does not know {prompt[slice(*span)]!r} in the prompt {prompt!r}.")
     return tokenizer(
         list(prompts), padding=True, add_special_tokens=False, return_tensors="pt", return_token_type_ids=False
     )
@@ -304,9 +286,3 @@ def _mask_token(tokenizer: Any, run: str) -> int:
     if tokenizer.mask_token_id is None:
         raise UserError(f"The tokenizer in {run} has no mask token.")
     return tokenizer.mask_token_id
-
-
-def _same(first: str, second: str | None) -> bool:
-    if second is None or first == second:
-        return first == second
-    return Path(first).exists() and Path(first).resolve() == Path(second).resolve()

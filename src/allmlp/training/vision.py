@@ -19,7 +19,8 @@ from allmlp.checkpoints.architecture import PREPARATION, VisionArchitecture
 from allmlp.checkpoints.pretrained import Pretrained, find_pretrained
 from allmlp.checkpoints.run_directory import TimmModel
 from allmlp.checkpoints.training_checkpoints import checkpoint_step
-from allmlp.data.image_batches import ImageBatches, as_is, training_transform
+from allmlp.data import as_is
+from allmlp.data.image_batches import ImageBatches, training_transform
 from allmlp.data.image_stream import ImageStream
 from allmlp.data.images import ImageData, load_images
 from allmlp.data.labelled_images import LabelledImages
@@ -213,7 +214,7 @@ def build_model(
     size = model_args.get("img_size", cfg["input_size"][-2:])
     cfg["input_size"] = (channels, *(size if isinstance(size, (tuple, list)) else (size, size)))
     if len(cfg["mean"]) != channels:
-        cfg["mean"], cfg["std"] = (float(np.mean(cfg["mean"])),), (float(np.mean(cfg["std"])),)
+        cfg |= {name: (float(np.mean(cfg[name])),) * channels for name in ("mean", "std")}
     if recipe.crop_pct is not None:
         cfg["crop_pct"] = recipe.crop_pct
     model.pretrained_cfg = cfg
