@@ -21,6 +21,11 @@ def process_count() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def process_count_here() -> int:
+    """The processes of the training that share this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def is_restarted() -> bool:
     """Whether torchrun has started the processes anew (`--max-restarts`) because one of them had died."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"

@@ -13,9 +13,11 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import allmlp
+from allmlp.data.images import load_images
 from allmlp.errors import Interrupted, UserError
 from allmlp.training import callbacks, vision
 from allmlp.training.recipe import VisionRecipe, make_recipe, read_settings
+from tests.pictures import write_classes
 from tests.training.tiny import tiny_recipe
 
 EVERYTHING = {
@@ -203,6 +205,16 @@ def test_what_cannot_be_trained_is_said_clearly(tmp_path: Path, settings: dict[s
     with pytest.raises(UserError, match=message):
         vision.train(tiny_recipe(tmp_path, **settings), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_processes_share_the_cores_of_their_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = load_images(str(write_classes(tmp_path / "pictures", each=2)))
+    assert vision.useful_workers(data) == 0
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    for cores, processes, workers in ((12, 1, 12), (32, 1, 16), (32, 4, 8), (2, 8, 1)):
+        monkeypatch.setattr(vision, "cores", lambda cores=cores: cores)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        assert vision.useful_workers(data) == workers
 
 
 def test_a_grey_model_trains_and_loads(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from allmlp.data.images import ImageData, load_images
 from allmlp.data.labelled_images import LabelledImages
 from allmlp.data.sampling import IGNORED
 from allmlp.data.shards import Share
-from allmlp.distributed import process_count, process_index
+from allmlp.distributed import process_count, process_count_here, process_index
 from allmlp.errors import UserError, shown
 from allmlp.training import report
 from allmlp.training.callbacks import TensorBoard
@@ -293,14 +293,14 @@ def parameter_groups(model: TimmModel, recipe: VisionRecipe) -> list[dict[str, A
 
 
 def useful_workers(data: ImageData) -> int:
-    """How many processes should prepare images.
+    """How many processes should prepare images for this one.
 
     None where the model computes on the same cores and the images are small and in memory: a batch of them is prepared
-    sooner than it travels between processes. Else one per core, at most 16.
+    sooner than it travels between processes. Else one per core that falls to this process, at most 16.
     """
     pixels = getattr(data.train, "sources", None)
     small = isinstance(pixels, np.ndarray) and pixels[0].size <= 64 * 64 * 3
-    return 0 if small and not torch.accelerator.is_available() else min(cores(), 16)
+    return 0 if small and not torch.accelerator.is_available() else min(max(cores() // process_count_here(), 1), 16)
 
 
 def _metrics(prediction: Any) -> dict[str, float]:
