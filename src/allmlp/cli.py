@@ -16,7 +16,8 @@ from typing import Any
 from allmlp._version import __version__
 from allmlp.distributed import is_first_process
 from allmlp.errors import Diverged, Interrupted, TrainingError, UserError
-from allmlp.training.recipe import RECIPES, Recipe, make_recipe, parse_yaml, read_settings, task_of
+from allmlp.training.recipe import RECIPES, Recipe, make_recipe, read_settings, task_of
+from allmlp.training.values import parse_yaml
 
 DONE, FAILED = 0, 1  # argparse exits with 2 for misuse
 TRAIN_EXTRA = ("accelerate", "datasets", "matplotlib", "sklearn", "tensorboard")

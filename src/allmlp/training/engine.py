@@ -47,7 +47,8 @@ from allmlp.training.callbacks import (
     Progress,
 )
 from allmlp.training.faults import Divergence, Step, way_on
-from allmlp.training.recipe import Recipe, parse_yaml, read_settings, recipe_to_yaml
+from allmlp.training.recipe import Recipe, read_settings, recipe_to_yaml
+from allmlp.training.values import parse_yaml
 
 _log = logging.getLogger(__name__)
 

@@ -5,8 +5,6 @@ same names, and the run directory's `recipe.yaml` holds them all, so that it rep
 """
 
 import dataclasses
-import math
-import types
 import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any, ClassVar, TypeVar
 import yaml
 
 from allmlp.errors import UserError, nearest, shown
+from allmlp.training.values import coerce, parse_yaml
 
 RecipeT = TypeVar("RecipeT", bound="Recipe")
 
@@ -84,7 +83,7 @@ class Recipe:
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
-            value = _coerce(field, getattr(self, field.name), hints[field.name])
+            value = coerce(field, getattr(self, field.name), hints[field.name])
             object.__setattr__(self, field.name, value)
         self._require("positive", lambda v: v > 0, "epochs", "lr")
         self._require("at least 1", lambda v: v >= 1, "batch_size", "accumulate", "log_every", "keep", "max_steps")
@@ -249,22 +248,6 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     return settings
 
 
-def parse_yaml(text: str) -> Any:
-    """Plain data written in YAML, every value in its place: values that refer to others may mean any amount of them.
-
-    Raises:
-        ValueError: It is no YAML, or holds an alias; the message says where.
-    """
-    try:
-        for event in yaml.parse(text, yaml.SafeLoader):
-            if isinstance(event, yaml.AliasEvent):
-                raise ValueError(f"'*{event.anchor}' in line {event.start_mark.line + 1} refers to another value")
-        return yaml.safe_load(text)
-    # yaml's own constructors of numbers and dates raise whatever they run into
-    except Exception as error:
-        raise ValueError(str(error) or type(error).__name__) from error
-
-
 def make_recipe(settings: Mapping[str, Any], kind: type[RecipeT], where: str = "the recipe") -> RecipeT:
     """Checks settings and makes the recipe.
 
@@ -289,80 +272,3 @@ def recipe_to_yaml(recipe: Recipe) -> str:
     settings = {"task": recipe.task, **dataclasses.asdict(recipe)}
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
-
-
-def _coerce(field: dataclasses.Field[Any], value: Any, hint: Any) -> Any:
-    """The value as the field's type, from YAML, the command line (text) or Python."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None and type(None) in options:
-        return None
-    if field.metadata["choices"] and value not in field.metadata["choices"]:
-        raise UserError(f"{field.name} is {shown(value)}; it must be one of {', '.join(field.metadata['choices'])}.")
-    for wanted in options:
-        try:
-            return _CONVERSIONS[typing.get_origin(wanted) or wanted](value)
-        except (ValueError, TypeError, KeyError, OverflowError):
-            continue
-    wanted = " or ".join(_NAMES.get(typing.get_origin(option) or option, "nothing") for option in options)
-    raise UserError(f"{field.name} is {shown(value)}; it must be {wanted}.")
-
-
-def _to_int(value: Any) -> int:
-    if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
-        raise ValueError
-    number = int(value)
-    # nothing counts further
-    if abs(number) >= 2**63:
-        raise ValueError
-    return number
-
-
-def _to_float(value: Any) -> float:
-    # YAML 1.1 reads 1e-3 as text
-    if isinstance(value, bool) or not math.isfinite(float(value)):
-        raise ValueError
-    return float(value)
-
-
-def _to_bool(value: Any) -> bool:
-    if isinstance(value, bool):
-        return value
-    raise ValueError
-
-
-def _to_str(value: Any) -> str:
-    if isinstance(value, (str, Path)):
-        return str(value)
-    raise ValueError
-
-
-def _to_pair(value: Any) -> tuple[int, int]:
-    if not isinstance(value, (str, list, tuple)):
-        raise ValueError
-    first, second = value.lower().split("x") if isinstance(value, str) else value
-    return _to_int(first), _to_int(second)
-
-
-def _to_mapping(value: Any) -> dict[str, Any]:
-    parsed = parse_yaml(value) if isinstance(value, str) else value
-    if not isinstance(parsed, Mapping):
-        raise ValueError
-    return dict(parsed)
-
-
-_CONVERSIONS: dict[Any, Callable[[Any], Any]] = {
-    int: _to_int,
-    float: _to_float,
-    bool: _to_bool,
-    str: _to_str,
-    tuple: _to_pair,
-    dict: _to_mapping,
-}
-_NAMES = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "text",
-    tuple: "HEIGHTxWIDTH",
-    dict: "a YAML mapping such as '{patch_size: 2}'",
-}
