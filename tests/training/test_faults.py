@@ -253,6 +253,13 @@ def test_a_loss_that_is_no_number_stops_and_names_the_batch(tmp_path: Path, monk
     assert json.loads(line) | {"learning_rate": 0} == {"step": 2, "learning_rate": 0, "loss": "nan", "examples": spoilt}
 
 
+def test_a_batch_without_names_is_not_listed(tmp_path: Path) -> None:
+    divergence, nan = faults.Divergence(tmp_path, skip=False), torch.tensor(torch.nan)
+    divergence.steps.append(faults.Step(number=3, learning_rate=0.1, norm=nan, losses=[nan], names=[[]]))
+    with pytest.raises(Diverged, match=r"^The loss of step 3 is nan \(learning rate 0\.1\)\. Try a lower --lr"):
+        divergence.look()
+
+
 def test_steps_without_a_finite_gradient_can_be_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
