@@ -91,7 +91,7 @@ def load_labelled_texts(
         seed: of that cut.
 
     Raises:
-        UserError: and nothing can be held out of a class.
+        UserError: a class has a single text, and the data no validation split.
     """
     classes, splits = read_labelled_texts(data, text_column=text_column, label_column=label_column)
     train = splits["train"]
