@@ -24,6 +24,7 @@ from allmlp.language import (
 )
 from allmlp.language.modeling import sinusoids
 from allmlp.layers.spatial_gating import visible_tokens
+from tests.fused import assert_fused_matches
 from tests.language.tiny import CONTEXT, OPTIONS, TOEPLITZ, VOCABULARY, tiny_config, tiny_model, tokens
 from tests.tolerances import assert_close
 
@@ -339,3 +340,11 @@ def test_bad_input_is_refused_in_a_sentence() -> None:
         tiny_model(GMLPForMaskedLM)(tokens(1, CONTEXT + 1))
     with pytest.raises(UserError, match="only causal models have a decoding cache"):
         tiny_model(GMLPModel)(tokens(1, 3), use_cache=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_spatial_heads": 3}], ids=["plain", "heads"])
+def test_fused_operators_change_nothing(options) -> None:
+    model = tiny_model(GMLPForCausalLM, **options)
+    ids = tokens(2, CONTEXT - 1)
+    kernels = {"token_statistics", "gated_product", "gated_product_backward_read", "gated_product_backward_weight"}
+    assert_fused_matches(model, lambda: model(ids, use_cache=False).logits, kernels)

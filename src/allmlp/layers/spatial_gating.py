@@ -13,8 +13,7 @@ from allmlp.layers.recomputing import is_watched
 from allmlp.layers.resampling import GridBound
 from allmlp.ops import (
     apply_gate,
-    recomputing,
-    recomputing_linear,
+    normalized_spatial_gating,
     spatial_gating,
     toeplitz_matrix,
     toeplitz_product,
@@ -196,12 +195,20 @@ class SpatialGatingUnit(GridBound):
         tokens = x.shape[1]
         if not self.toeplitz and tokens > self.tokens:
             raise ValueError(f"the input has {tokens} tokens, the spatial gating unit takes at most {self.tokens}")
+        plain = mask is None and padding is None and past is None and self._is_plain()
         if act is not None:
-            whole = tokens == self.tokens and mask is None and padding is None and past is None
-            if whole and self._is_plain() and worth_recomputing(x):
-                return self._recomputing(x, act)
-            x = act(x)
+            one_product = plain and tokens == self.tokens and not self.causal and self.weight.shape[0] == 1
+            if not (one_product and worth_recomputing(x)):
+                x, act = act(x), None
         u, v = x.chunk(2, dim=-1) if self.split else (x, x)
+        if plain:
+            weight, bias = self.weight, self.bias
+            if act is None:
+                weight, bias = _leading(weight, tokens, 1, 2), _leading(bias, tokens, 1)
+            norm = self.norm
+            return normalized_spatial_gating(
+                u, v, norm.weight, norm.bias, norm.eps, weight, bias, causal=self.causal, act=act
+            )
         v = self.norm(v)
         if padding is not None:
             v = v * padding.unsqueeze(-1)
@@ -238,22 +245,10 @@ class SpatialGatingUnit(GridBound):
         self.tokens = math.prod(new_grid)
 
     def _is_plain(self) -> bool:
-        """Whether the gate is one dense product of the norm and nothing else."""
-        dense = not (self.toeplitz or self.causal) and self.weight.shape[0] == 1
-        plain_norm = type(self.norm) is nn.LayerNorm and not is_watched(self.norm)
-        return dense and plain_norm and self.attention is None and self.gate_act is None
-
-    def _recomputing(self, x: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
-        """`forward` of `act(x)` for a plain unit: between the products nothing but `x` and the gate is kept."""
+        """Whether the gate is a dense product of the norm and nothing else."""
         norm = self.norm
-
-        # A half is a strided view, on which the CPU's activations take twice as long as on a copy and its making.
-        def normalised(v: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-            return F.layer_norm(act(v.contiguous()), norm.normalized_shape, weight, bias, norm.eps)
-
-        u, v = x.chunk(2, dim=-1) if self.split else (x, x)
-        gate = recomputing_linear("tokens", normalised, (v, norm.weight, norm.bias), self.weight[0], self.bias[0])
-        return recomputing(lambda u, gate: act(u.contiguous()) * gate, u, gate)
+        plain_norm = type(norm) is nn.LayerNorm and norm.bias is not None and not is_watched(norm)
+        return plain_norm and not self.toeplitz and self.attention is None and self.gate_act is None
 
     def _matrix(self, tokens: int, mask: Tensor | None) -> Tensor:
         """`W` for a whole sequence: [heads, tokens, tokens], or [batch, heads, tokens, tokens] with a mask per row."""

@@ -6,7 +6,7 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from allmlp.ops import mean_over_positions, split_attention
+from allmlp.ops import pool_branches, split_attention
 
 
 class SplitAttention(nn.Module):
@@ -45,10 +45,7 @@ class SplitAttention(nn.Module):
         self, branches: Sequence[Float[Tensor, "batch height width channels"]]
     ) -> Float[Tensor, "batch branches channels"]:
         """What the softmax across branches is taken of."""
-        pooled = mean_over_positions(branches[0])
-        for branch in branches[1:]:
-            pooled = pooled + mean_over_positions(branch)
-        logits = self.fc2(self.act(self.fc1(pooled)))
+        logits = self.fc2(self.act(self.fc1(pool_branches(branches))))
         if self.layout == "channel_major":
             return logits.unflatten(1, (-1, self.branches)).transpose(1, 2)
         return logits.unflatten(1, (self.branches, -1))

@@ -3,11 +3,19 @@
 from allmlp.ops.axial_shift import axial_shift, axial_shift_reference
 from allmlp.ops.backends import set_fused
 from allmlp.ops.recomputing import recomputing, recomputing_linear, recomputing_linear_reference
-from allmlp.ops.spatial_gating import apply_gate, spatial_gating, spatial_gating_reference
+from allmlp.ops.spatial_gating import (
+    apply_gate,
+    normalized_spatial_gating,
+    normalized_spatial_gating_reference,
+    spatial_gating,
+    spatial_gating_reference,
+)
 from allmlp.ops.spatial_shift import spatial_shift, spatial_shift_reference
 from allmlp.ops.split_attention import (
     mean_over_positions,
     mean_over_positions_reference,
+    pool_branches,
+    pool_branches_reference,
     split_attention,
     split_attention_reference,
 )
@@ -21,6 +29,10 @@ __all__ = [
     "axial_shift_reference",
     "mean_over_positions",
     "mean_over_positions_reference",
+    "normalized_spatial_gating",
+    "normalized_spatial_gating_reference",
+    "pool_branches",
+    "pool_branches_reference",
     "recomputing",
     "recomputing_linear",
     "recomputing_linear_reference",

@@ -2,7 +2,7 @@
 
 import importlib.util
 import os
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ def takes_fused(operator: str, backend: Backend, *tensors: Tensor | None, unfit:
     return True
 
 
-def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """These tensors as torch hands them to its own products: in autocast's dtype where that is on for their device."""
     kind = next(x.device.type for x in tensors if x is not None)
     if not torch.is_autocast_enabled(kind):

@@ -6,9 +6,12 @@ Shape suffixes: B batch, M tokens written, N tokens read, H spatial heads, E gat
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from allmlp.ops.backends import Backend, autocast, takes_fused
+from allmlp.ops.recomputing import recomputing, recomputing_linear, worth_recomputing
 from allmlp.ops.token_linear import token_linear
 
 
@@ -87,3 +90,95 @@ def apply_gate(
         return u * gate
     # Nothing is kept for backward: the gate's memory serves for the result.
     return gate.mul_(u)
+
+
+def normalized_spatial_gating_reference(
+    u: Float[Tensor, "batch written channels"],
+    v: Float[Tensor, "batch read channels"],
+    norm_weight: Float[Tensor, " channels"],
+    norm_bias: Float[Tensor, " channels"],
+    norm_eps: float,
+    weight: Float[Tensor, "heads written read"],
+    bias: Float[Tensor, " heads #written"],
+    *,
+    causal: bool = False,
+    act: Callable[[Tensor], Tensor] | None = None,
+) -> Float[Tensor, "batch written channels"]:
+    """`normalized_spatial_gating` written from its equation."""
+    if act is not None:
+        u, v = act(u), act(v)
+    centred = v - v.mean(-1, keepdim=True)
+    z = centred / (centred.square().mean(-1, keepdim=True) + norm_eps).sqrt() * norm_weight + norm_bias
+    return spatial_gating_reference(u, z, weight.tril() if causal else weight, bias)
+
+
+def normalized_spatial_gating(
+    u: Float[Tensor, "batch written channels"],
+    v: Float[Tensor, "batch read channels"],
+    norm_weight: Float[Tensor, " channels"],
+    norm_bias: Float[Tensor, " channels"],
+    norm_eps: float,
+    weight: Float[Tensor, "heads written read"],
+    bias: Float[Tensor, " heads #written"],
+    *,
+    causal: bool = False,
+    act: Callable[[Tensor], Tensor] | None = None,
+    backend: Backend = "auto",
+) -> Float[Tensor, "batch written channels"]:
+    r"""The whole spatial gating unit, `act(u) ⊙ (W·LN(act(v)) + b)` (gMLP, section 2.1), heads as in `spatial_gating`.
+
+    Args:
+        u: what is gated.
+        v: what the gate is made of; `u` and `v` may be the two halves of one tensor, which are read where they lie.
+        norm_weight: the layer norm's scale.
+        norm_bias: the layer norm's shift.
+        norm_eps: the layer norm's epsilon.
+        weight: `W`, row = token written, column = token read.
+        bias: `b`; one number for all tokens is enough.
+        causal: read tokens `j ≤ i` only. The fused form leaves out the tiles above the diagonal, half of the work, and
+            makes no triangular copy of `W`.
+        act: an activation, element by element, that `u` and `v` are still to be given; where nothing but one dense
+            product stands between them, backward keeps them in place of what it makes of them.
+        backend: which form runs; see `ops.set_fused`.
+
+    Returns:
+        The gated tensor, shaped like `u`.
+
+    Raises:
+        ValueError: if `backend` is unknown, or `"triton"` and the kernel cannot run here.
+    """
+    tensors = (u, v, norm_weight, norm_bias, weight, bias)
+    if takes_fused("normalized_spatial_gating", backend, *tensors):
+        from allmlp.ops.kernels.spatial_gating import gated_product, token_statistics
+
+        if act is not None:
+            u, v = act(u), act(v)
+        u, v, weight, bias = autocast(u, v, weight, bias)
+        mean, rstd = token_statistics(v.detach(), norm_eps)
+        return gated_product(u, v, mean, rstd, norm_weight, norm_bias, weight, bias, causal)
+    if act is not None:
+        if weight.shape[0] == 1 and not causal and worth_recomputing(*tensors):
+            return _recomputing_gating(u, v, norm_weight, norm_bias, norm_eps, weight, bias, act)
+        u, v = act(u), act(v)
+    z = F.layer_norm(v, norm_weight.shape, norm_weight, norm_bias, norm_eps)
+    return spatial_gating(u, z, weight.tril() if causal else weight, bias)
+
+
+def _recomputing_gating(
+    u: Tensor,
+    v: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    norm_eps: float,
+    weight: Tensor,
+    bias: Tensor,
+    act: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """The torch form that keeps nothing but `u`, `v` and the gate between the products."""
+
+    # A half is a strided view, on which the CPU's activations take twice as long as on a copy and its making.
+    def normalized(v: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> Tensor:
+        return F.layer_norm(act(v.contiguous()), norm_weight.shape, norm_weight, norm_bias, norm_eps)
+
+    gate = recomputing_linear("tokens", normalized, (v, norm_weight, norm_bias), weight[0], bias[0])
+    return recomputing(lambda u, gate: act(u.contiguous()) * gate, u, gate)

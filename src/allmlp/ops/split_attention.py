@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from allmlp.ops.backends import Backend, takes_fused
+
 
 def split_attention_reference(
     branches: Sequence[Float[Tensor, "batch height width channels"]],
@@ -18,6 +20,8 @@ def split_attention_reference(
 def split_attention(
     branches: Sequence[Float[Tensor, "batch height width channels"]],
     logits: Float[Tensor, "batch branches channels"],
+    *,
+    backend: Backend = "auto",
 ) -> Float[Tensor, "batch height width channels"]:
     """Add branches up with weights that sum to one across the branches, channel by channel.
 
@@ -26,7 +30,15 @@ def split_attention(
     Args:
         branches: tensors of one shape and dtype; never stacked, so nothing is copied.
         logits: one number for each sample, branch and channel.
+        backend: which form runs; see `ops.set_fused`. The fused form reads each branch once, where it lies.
+
+    Raises:
+        ValueError: if `backend` is unknown, or `"triton"` and the kernel cannot run here.
     """
+    if takes_fused("split_attention", backend, *branches, logits, unfit=_misfit(branches)):
+        from allmlp.ops.kernels.split_attention import weigh_branches
+
+        return weigh_branches(*branches, logits)
     weights = logits.softmax(dim=1)[:, :, None, None, :].unbind(dim=1)
     out = branches[0] * weights[0]
     # Nothing is kept of the sum, so it can grow in place, save under vmap, which has no rule for that.
@@ -34,6 +46,40 @@ def split_attention(
     for branch, weight in zip(branches[1:], weights[1:], strict=True):
         out = add(out, branch, weight)
     return out
+
+
+def pool_branches_reference(
+    branches: Sequence[Float[Tensor, "batch height width channels"]],
+) -> Float[Tensor, "batch channels"]:
+    """`pool_branches` written from its equation."""
+    return torch.stack(tuple(branches)).sum(0).mean((1, 2))
+
+
+def pool_branches(
+    branches: Sequence[Float[Tensor, "batch height width channels"]], *, backend: Backend = "auto"
+) -> Float[Tensor, "batch channels"]:
+    """The mean over the map of the branches' sum, `a[b, c] = mean_hw Σ_k branches[k][b, h, w, c]`.
+
+    Args:
+        branches: tensors of one shape and dtype.
+        backend: which form runs; see `ops.set_fused`. The fused form reads each branch once, where it lies.
+
+    Raises:
+        ValueError: if `backend` is unknown, or `"triton"` and the kernel cannot run here.
+    """
+    if takes_fused("pool_branches", backend, *branches, unfit=_misfit(branches)):
+        from allmlp.ops.kernels import split_attention as kernels
+
+        return kernels.pool_branches(*branches)
+    pooled = mean_over_positions(branches[0])
+    for branch in branches[1:]:
+        pooled = pooled + mean_over_positions(branch)
+    return pooled
+
+
+def _misfit(branches: Sequence[Tensor]) -> str | None:
+    """The kernels are written for the number of branches of both papers."""
+    return None if len(branches) == 3 else f"it has {len(branches)} branches, the kernels take three"
 
 
 def mean_over_positions_reference(
