@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from allmlp import training
 from allmlp.errors import UserError
 from allmlp.training import engine
 from allmlp.training.engine import chosen_precision, prepare_output, surroundings, training_arguments
@@ -47,7 +48,8 @@ def test_a_run_directory_in_use_is_not_touched_without_being_asked(tmp_path: Pat
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"holds a run already.*--resume.*--overwrite"):
-        prepare_output(tmp_path, VisionRecipe(), resume=False, overwrite=False)
+        training.train(VisionRecipe(data="no/such/data"), tmp_path)
+    assert (tmp_path / "config.json").read_text() == "{}"
     assert prepare_output(tmp_path, VisionRecipe(lr=0.5), resume=False, overwrite=True) is None
     assert not (tmp_path / "config.json").exists()
     assert (tmp_path / "notes.txt").read_text() == "mine"

@@ -342,6 +342,20 @@ def chosen_precision(wanted: str) -> str:
     return "bf16" if capabilities.get("amx_bf16") and not torch.accelerator.is_available() else "fp32"
 
 
+def refuse_former_run(output: Path, *, resume: bool, overwrite: bool) -> None:
+    """Does nothing where a training may write its run directory; to be asked before data are read for minutes.
+
+    Raises:
+        UserError: It holds a run, which is neither to be gone on with nor to be replaced.
+    """
+    former = [*checkpoints_in(output), *output.glob(run_directory.CONFIG)]
+    if former and not (resume or is_restarted() or overwrite):
+        raise UserError(
+            f"{output} holds a run already. Choose another --output, go on with it (--resume), "
+            "or replace it (--overwrite)."
+        )
+
+
 def prepare_output(output: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> Path | None:
     """Makes the run directory ready and writes the recipe into it.
 
@@ -353,17 +367,8 @@ def prepare_output(output: Path, recipe: Recipe, *, resume: bool, overwrite: boo
 
     Returns:
         The checkpoint to go on from, if any: processes that torchrun has started anew always go on.
-
-    Raises:
-        UserError: It holds a run, and neither is asked for.
     """
     resume = resume or is_restarted()
-    former = [*checkpoints_in(output), *output.glob(run_directory.CONFIG)]
-    if former and not resume and not overwrite:
-        raise UserError(
-            f"{output} holds a run already. Choose another --output, go on with it (--resume), "
-            "or replace it (--overwrite)."
-        )
     checkpoint = None
     if resume:
         checkpoint = last_checkpoint(output, also=(EMA_WEIGHTS,) if recipe.ema else ())

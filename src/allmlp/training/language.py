@@ -25,7 +25,7 @@ from allmlp.errors import UserError, nearest, shown
 from allmlp.language import GMLPConfig, GMLPForCausalLM, GMLPForMaskedLM, GMLPForSequenceClassification
 from allmlp.training import language_report
 from allmlp.training.callbacks import TensorBoard
-from allmlp.training.engine import Engine, chosen_precision, prepare_output, surroundings
+from allmlp.training.engine import Engine, chosen_precision, prepare_output, refuse_former_run, surroundings
 from allmlp.training.evaluation import accuracy_of
 from allmlp.training.language_evaluation import classify, model_tokenizer, text_loss, text_measures
 from allmlp.training.recipe import CausalRecipe, LanguageRecipe, MaskedRecipe, TextClassificationRecipe
@@ -78,6 +78,7 @@ def train(
     output = Path(output)
     if recipe.data is None:
         raise UserError("Nothing to train on: name the data.")
+    refuse_former_run(output, resume=resume, overwrite=overwrite)
     set_seed(recipe.seed)
     start = _start(recipe)
     tokenizer = _given_tokenizer(recipe, start)

@@ -30,7 +30,7 @@ from allmlp.distributed import process_count, process_count_here, process_index
 from allmlp.errors import UserError, shown
 from allmlp.training import report
 from allmlp.training.callbacks import TensorBoard
-from allmlp.training.engine import Engine, chosen_precision, cores, prepare_output, surroundings
+from allmlp.training.engine import Engine, chosen_precision, cores, prepare_output, refuse_former_run, surroundings
 from allmlp.training.evaluation import accuracy_of, evaluation_batches, logits_of
 from allmlp.training.recipe import VisionRecipe
 from allmlp.vision.base import VisionMLP
@@ -98,6 +98,7 @@ def train(recipe: VisionRecipe, output: str | Path, *, resume: bool = False, ove
     output = Path(output)
     if recipe.data is None:
         raise UserError("Nothing to train on: name the data.")
+    refuse_former_run(output, resume=resume, overwrite=overwrite)
     set_seed(recipe.seed)
     start = find_pretrained(recipe.start_from) if recipe.start_from else None
     architecture, model_args, channels = planned_model(recipe, start)
