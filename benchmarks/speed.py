@@ -69,7 +69,7 @@ def eager(options: argparse.Namespace) -> None:
         found = measure(setting, peer_paths=paths, rounds=options.rounds, skipped=_say)
         print(table(result_table(found)[1:]), flush=True)
         results += found
-    _keep(options, results)
+        _keep(options, results)
 
 
 def engines(options: argparse.Namespace) -> None:
@@ -85,7 +85,7 @@ def engines(options: argparse.Namespace) -> None:
                 found = _beside_engines(model, dtype, batch_size, paths, options.rounds)
                 print(table(result_table(found)[1:]), flush=True)
                 results += found
-    _keep(options, results)
+                _keep(options, results)
 
 
 def _beside_engines(model: str, dtype: str, batch_size: int, paths: dict[str, Path], rounds: int) -> list:

@@ -1,6 +1,7 @@
 """The optimised form: the original's output, the fastest of what works, one message for what cannot be."""
 
 import copy
+import sys
 
 import pytest
 import timm
@@ -46,6 +47,28 @@ def test_output_is_the_original_s(engine: str, dtype: torch.dtype | None, image:
     tolerance = 1e-4 if dtype is None else 5e-2
     assert (got - expected).abs().max() <= tolerance * expected.abs().max()
     assert form.engine == engine
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_int8_is_close(image: torch.Tensor, capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("nncf")
+    model = _model()
+    form = allmlp.optimize(model, image, dtype=torch.int8)
+    assert form.engine == "openvino"
+    assert capfd.readouterr().out == ""
+    with torch.no_grad():
+        expected = model.eval()(image)
+    difference = ((form(image) - expected).abs().max() / expected.abs().max()).item()
+    assert 1e-5 < difference < 0.25
+    reasons = {candidate.engine: candidate.reason for candidate in form.candidates}
+    assert reasons["eager"] == "EngineMissingError: engine 'eager' computes in float32 or bfloat16, not in int8"
+
+
+def test_int8_needs_nncf(image: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("openvino")
+    monkeypatch.setitem(sys.modules, "nncf", None)
+    with pytest.raises(UserError, match="in int8 needs: pip install nncf"):
+        allmlp.optimize(_model(), image, dtype=torch.int8, engine="openvino")
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -108,7 +131,7 @@ def test_other_inputs_are_refused(image: torch.Tensor) -> None:
     ("change", "message"),
     [
         ({"engine": "openvin"}, "engine must be one of .*, got 'openvin'. Did you mean 'openvino'"),
-        ({"dtype": torch.float16}, "dtype must be torch.float32 or torch.bfloat16"),
+        ({"dtype": torch.float16}, "dtype must be one of torch.float32, torch.bfloat16, torch.int8, got torch.float16"),
         ({"example_inputs": "image"}, "example_inputs must be one tensor, got str"),
         ({"example_inputs": torch.zeros(1, 3, 32, 32, dtype=torch.int64)}, "the example must be float32, got int64"),
     ],

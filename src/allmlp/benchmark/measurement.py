@@ -1,5 +1,6 @@
 """What is measured: one network in one setting, allmlp's form beside the peers' and the floor."""
 
+import gc
 import itertools
 import os
 import platform
@@ -136,6 +137,8 @@ def measure(
         RuntimeError: if a peer computes something else.
     """
     _check(setting)
+    # An optimizer refers to itself: that of the last measurement, and its network, may still be there.
+    gc.collect()
     device = torch.device(setting.device)
     contenders: dict[str, Callable[[], object]] = {}
     facts: dict[str, dict[str, Any]] = {}
@@ -249,7 +252,8 @@ def _steps(
         return infer, infer
     model = model.to(device).train()
     run = torch.compile(model) if setting.compiled else model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    # As the Trainer makes it.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
 
     def loss() -> Tensor:
         autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
