@@ -1,13 +1,13 @@
 """Results as a file, a table, a picture, and a part of a page."""
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from allmlp.benchmark.measurement import FLOOR, OURS, Result, Setting
 from allmlp.errors import UserError
+from allmlp.files import atomic_path, write_json, write_text
 
 _HEADING = ("model", "setting", "allmlp ms", "over floor", "peer", "peer / allmlp", "memory / peer's")
 
@@ -15,7 +15,7 @@ _HEADING = ("model", "setting", "allmlp ms", "over floor", "peer", "peer / allml
 def write_results(path: Path, results: Sequence[Result], machine: Mapping[str, Any]) -> None:
     """Write results and what they depend on as JSON, all at once or not at all."""
     content = {"machine": dict(machine), "results": [result.as_dict() for result in results]}
-    _write(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_json(path, content)
 
 
 def read_results(path: Path) -> tuple[list[Result], dict[str, Any]]:
@@ -82,12 +82,9 @@ def draw(path: Path, results: Iterable[Result], machine: Mapping[str, Any]) -> N
         axes.tick_params(axis="y", labelsize=6)
         axes.set_xlabel("time of the peer over time of allmlp")
         axes.set_title(f"{machine['processor']}, {machine['threads']} threads", fontsize=9)
-        temporary = path.with_name(f".{path.name}.tmp")
-        figure.savefig(
-            temporary, format=path.suffix.lstrip("."), metadata={"Date": None} if path.suffix == ".svg" else None
-        )
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, metadata={"Date": None} if path.suffix == ".svg" else None)
         plt.close(figure)
-    os.replace(temporary, path)
 
 
 def write_page(page: Path, name: str, results: Sequence[Result], machine: Mapping[str, Any]) -> None:
@@ -117,7 +114,7 @@ def replace_part(page: Path, name: str, body: str) -> None:
     _, closed, after = rest.partition(end)
     if not found or not closed:
         raise UserError(f"{page} has no lines {begin} and {end} to write between")
-    _write(page, f"{before}{begin}\n\n{body}\n\n{end}{after}")
+    write_text(page, f"{before}{begin}\n\n{body}\n\n{end}{after}")
 
 
 def _by_setting(results: Iterable[Result]) -> dict[Setting, dict[str, Result]]:
@@ -139,10 +136,3 @@ def _markdown(rows: Sequence[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines.insert(1, "|" + "---|" * len(rows[0]))
     return "\n".join(lines)
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
