@@ -78,7 +78,7 @@ def main() -> None:
 def measure(options: argparse.Namespace) -> None:
     """Writes the results of some parts beside those of the others."""
     from allmlp.files import write_json
-    from allmlp.training.engine import surroundings
+    from allmlp.machine import surroundings
 
     for part in options.parts:
         with tempfile.TemporaryDirectory() as folder:

@@ -51,7 +51,7 @@ def main() -> None:
 def measure(parts: Sequence[str]) -> None:
     """Writes the results of some parts beside those of the others."""
     from allmlp.files import write_json
-    from allmlp.training.engine import surroundings
+    from allmlp.machine import surroundings
 
     found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
     with TemporaryDirectory() as folder:

@@ -31,12 +31,13 @@ from matplotlib.ticker import PercentFormatter
 from torch import Tensor, nn
 
 from allmlp.checkpoints import run_directory
-from allmlp.checkpoints.run_directory import METRICS, read_config, write_json, write_text
+from allmlp.checkpoints.run_directory import METRICS, read_config
 from allmlp.data.images import ImageData, load_images
+from allmlp.files import write_json, write_text
 from allmlp.layers import GridBound, TokenMixingMLP
+from allmlp.machine import surroundings
 from allmlp.ops import resampling
 from allmlp.training import vision
-from allmlp.training.engine import surroundings
 from allmlp.training.evaluation import evaluation_batches, logits_of
 from allmlp.training.recipe import VisionRecipe, make_recipe, read_settings
 from allmlp.training.report import STYLE, save

@@ -8,7 +8,7 @@ import torch
 from allmlp import training
 from allmlp.errors import UserError
 from allmlp.training import engine
-from allmlp.training.engine import chosen_precision, prepare_output, surroundings, training_arguments
+from allmlp.training.engine import chosen_precision, prepare_output, training_arguments
 from allmlp.training.recipe import VisionRecipe, read_settings
 
 
@@ -70,10 +70,3 @@ def test_only_complete_checkpoints_are_resumed(tmp_path: Path) -> None:
     averaged = VisionRecipe(ema=0.9)
     assert prepare_output(tmp_path, averaged, resume=True, overwrite=False) == tmp_path / "checkpoint-10"
     assert prepare_output(tmp_path / "new", averaged, resume=True, overwrite=False) is None
-
-
-def test_surroundings_name_machine_and_versions() -> None:
-    found = surroundings()
-    assert found["torch"] == torch.__version__
-    assert found["cores"] >= 1
-    assert found["device"]

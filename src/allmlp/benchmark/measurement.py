@@ -2,7 +2,6 @@
 
 import gc
 import itertools
-import os
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -20,6 +19,7 @@ from allmlp.benchmark.floor import record_products, replay
 from allmlp.benchmark.memory import activation_bytes, peak_memory
 from allmlp.benchmark.peers import PeerMissingError, build_pair, peers_of
 from allmlp.errors import UserError
+from allmlp.machine import cores, processor
 from allmlp.timing import Timing, time_in_turn
 
 Task = Literal["inference", "training"]
@@ -178,8 +178,8 @@ def machine() -> dict[str, Any]:
     """What the figures depend on: processor, threads, device, versions, and the day."""
     facts: dict[str, Any] = {
         "date": date.today().isoformat(),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
+        "processor": processor(),
+        "cores": cores(),
         "threads": torch.get_num_threads(),
         "vector_extensions": torch.backends.cpu.get_cpu_capability(),
         "bfloat16_instructions": _bfloat16_instructions(),
@@ -282,15 +282,6 @@ def _result(setting: Setting, contender: str, timing: Timing, facts: Mapping[str
 def _input_size(model: nn.Module) -> Sequence[int]:
     cfg = getattr(model, "pretrained_cfg", None)
     return cfg["input_size"] if cfg else (3, 224, 224)
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _bfloat16_instructions() -> bool:

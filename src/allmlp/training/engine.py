@@ -2,18 +2,13 @@
 
 import copy
 import logging
-import os
-import platform
 import signal
-import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
@@ -22,7 +17,6 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from allmlp._version import __version__
 from allmlp.checkpoints import run_directory
 from allmlp.checkpoints.training_checkpoints import (
     STATE,
@@ -394,31 +388,3 @@ def _warn_of_changes(output: Path, recipe: Recipe) -> None:
         ]
         if changes:
             _log.warning("going on with other hyper-parameters: %s", ", ".join(changes))
-
-
-def surroundings() -> dict[str, Any]:
-    """The machine and the versions, for a run's metrics."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
-    return {
-        "device": device,
-        "cores": cores(),
-        "python": platform.python_version(),
-        "allmlp": __version__,
-        "torch": str(torch.__version__),
-        "timm": timm.__version__,
-        "transformers": transformers.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def cores() -> int:
-    """The cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

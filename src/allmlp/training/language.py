@@ -23,9 +23,10 @@ from allmlp.data.tokenization import BYTES, Tokens, fitting_tokenizer, make_toke
 from allmlp.distributed import process_count, process_index
 from allmlp.errors import UserError, nearest, shown
 from allmlp.language import GMLPConfig, GMLPForCausalLM, GMLPForMaskedLM, GMLPForSequenceClassification
+from allmlp.machine import surroundings
 from allmlp.training import language_report
 from allmlp.training.callbacks import TensorBoard
-from allmlp.training.engine import Engine, chosen_precision, prepare_output, refuse_former_run, surroundings
+from allmlp.training.engine import Engine, chosen_precision, prepare_output, refuse_former_run
 from allmlp.training.evaluation import accuracy_of
 from allmlp.training.language_evaluation import classify, model_tokenizer, text_loss, text_measures
 from allmlp.training.recipe import CausalRecipe, LanguageRecipe, MaskedRecipe, TextClassificationRecipe

@@ -28,9 +28,10 @@ from allmlp.data.sampling import IGNORED
 from allmlp.data.shards import Share
 from allmlp.distributed import process_count, process_count_here, process_index
 from allmlp.errors import UserError, shown
+from allmlp.machine import cores, surroundings
 from allmlp.training import report
 from allmlp.training.callbacks import TensorBoard
-from allmlp.training.engine import Engine, chosen_precision, cores, prepare_output, refuse_former_run, surroundings
+from allmlp.training.engine import Engine, chosen_precision, prepare_output, refuse_former_run
 from allmlp.training.evaluation import accuracy_of, evaluation_batches, logits_of
 from allmlp.training.recipe import VisionRecipe
 from allmlp.vision.base import VisionMLP
