@@ -37,3 +37,13 @@ def test_dropout_acts_on_the_output() -> None:
 def test_shift_size_must_be_odd() -> None:
     with pytest.raises(ValueError, match="shift_size must be odd and positive, got 4"):
         AxialShift(8, 4)
+
+
+@pytest.mark.parametrize("watched", ["conv2_1", "conv2_2"])
+def test_hooks_see_what_operators_could_take_over(watched) -> None:
+    layer, x = AxialShift(8, 3), torch.randn(2, 3, 4, 8)
+    expected, seen = layer(x), []
+    getattr(layer, watched).register_forward_hook(lambda _module, inputs, output: seen.append((*inputs, output)))
+    torch.testing.assert_close(layer(x), expected)
+    ((given, output),) = seen
+    torch.testing.assert_close(getattr(layer, watched)(given), output)

@@ -66,3 +66,13 @@ def test_segments_must_divide_the_channels() -> None:
 def test_another_map_size_is_refused() -> None:
     with pytest.raises(ValueError, match=r"the input's map is \(4, 5\), this layer was built for \(4, 4\)"):
         WeightedPermuteMLP(8, (4, 4), 4)(torch.randn(1, 4, 5, 8))
+
+
+@pytest.mark.parametrize("watched", ["mlp_h", "mlp_w"])
+def test_hooks_see_what_operators_could_take_over(watched) -> None:
+    layer, x = PermuteMLP(8, (2, 3), 4), torch.randn(2, 2, 3, 8)
+    expected, seen = layer(x), []
+    getattr(layer, watched).register_forward_hook(lambda _module, inputs, output: seen.append((*inputs, output)))
+    torch.testing.assert_close(layer(x), expected)
+    ((given, output),) = seen
+    torch.testing.assert_close(getattr(layer, watched)(given), output)

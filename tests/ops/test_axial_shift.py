@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from allmlp.ops import axial_shift, axial_shift_reference
+from allmlp.ops import axial_shift, axial_shift_linear, axial_shift_linear_reference, axial_shift_reference
 
 AXES = ("height", "width")
 SHIFT_SIZES = (1, 3, 5, 7, 9, 11)
@@ -113,6 +113,26 @@ def test_function_transforms() -> None:
     )
 
 
+@pytest.mark.parametrize("axis", AXES)
+def test_linear_map_of_the_shift(axis) -> None:
+    shapes = ((2, 3, 4, 7), (5, 7), (5,))
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    x, weight, bias = (x.detach() for x in inputs)
+    expected = torch.einsum("oc,bhwc->bhwo", weight, loop(x, 3, axis)) + bias
+    for function in (axial_shift_linear, axial_shift_linear_reference):
+        torch.testing.assert_close(function(x, weight, bias, 3, axis), expected)
+    assert gradcheck(lambda *x: axial_shift_linear(*x, 3, axis), inputs)
+    assert gradgradcheck(lambda *x: axial_shift_linear(*x, 3, axis), inputs)
+
+
+def test_linear_map_keeps_no_shifted_map() -> None:
+    x, weight = torch.randn(1, 3, 4, 7, requires_grad=True), torch.randn(5, 7, requires_grad=True)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        axial_shift_linear(x, weight, None, 3, "width")
+    assert {tensor.data_ptr() for tensor in kept} == {x.data_ptr(), weight.data_ptr()}
+
+
 def test_result_shares_no_memory() -> None:
     x = torch.randn(1, 3, 3, 4)
     before = x.clone()
@@ -124,6 +144,8 @@ def test_result_shares_no_memory() -> None:
 def test_shift_size_must_be_odd_and_positive(shift_size) -> None:
     with pytest.raises(ValueError, match=f"shift_size must be odd and positive, got {shift_size}"):
         axial_shift(torch.zeros(1, 2, 2, 4), shift_size, "width")
+    with pytest.raises(ValueError, match=f"shift_size must be odd and positive, got {shift_size}"):
+        axial_shift_linear(torch.zeros(1, 2, 2, 4), torch.zeros(4, 4), None, shift_size, "width")
 
 
 def test_unknown_axis_is_refused() -> None:

@@ -7,7 +7,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from allmlp.ops import spatial_shift, spatial_shift_reference
+from allmlp.ops import (
+    spatial_shift,
+    spatial_shift_linear,
+    spatial_shift_linear_reference,
+    spatial_shift_reference,
+)
 
 ORDERS = ("width_first", "height_first")
 # One pixel, one row, one column, odd and even sides; fewer channels than groups, and counts four does not divide.
@@ -114,6 +119,18 @@ def test_function_transforms() -> None:
     )
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_linear_map_of_the_shift(order) -> None:
+    shapes = ((2, 3, 4, 7), (5, 7), (5,))
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    x, weight, bias = (x.detach() for x in inputs)
+    expected = torch.einsum("oc,bhwc->bhwo", weight, loop(x, order)) + bias
+    for function in (spatial_shift_linear, spatial_shift_linear_reference):
+        torch.testing.assert_close(function(x, weight, bias, order), expected)
+    assert gradcheck(lambda *x: spatial_shift_linear(*x, order), inputs)
+    assert gradgradcheck(lambda *x: spatial_shift_linear(*x, order), inputs)
+
+
 def test_result_shares_no_memory() -> None:
     x = torch.randn(1, 1, 1, 4)
     before = x.clone()
@@ -124,3 +141,5 @@ def test_result_shares_no_memory() -> None:
 def test_unknown_order_is_refused() -> None:
     with pytest.raises(ValueError, match="order must be one of width_first, height_first, got 'diagonal'"):
         spatial_shift(torch.zeros(1, 2, 2, 4), "diagonal")
+    with pytest.raises(ValueError, match="order must be one of width_first, height_first, got 'diagonal'"):
+        spatial_shift_linear(torch.zeros(1, 2, 2, 4), torch.zeros(4, 4), None, "diagonal")

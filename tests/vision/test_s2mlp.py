@@ -36,3 +36,13 @@ def test_norms_of_the_published_models() -> None:
 def test_unknown_norm_is_refused() -> None:
     with pytest.raises(ValueError, match="norm must be one of layer, affine, got 'batch'"):
         S2MLP(norm="batch")
+
+
+@pytest.mark.parametrize("watched", ["shift", "fc2"])
+def test_hooks_see_what_operators_could_take_over(watched) -> None:
+    layer, x = S2MLPBlock(6, mlp_ratio=2, norm_layer=partial(nn.LayerNorm)), torch.randn(2, 3, 4, 6)
+    expected, seen = layer(x), []
+    getattr(layer, watched).register_forward_hook(lambda _module, inputs, output: seen.append((*inputs, output)))
+    torch.testing.assert_close(layer(x), expected)
+    ((given, output),) = seen
+    torch.testing.assert_close(getattr(layer, watched)(given), output)

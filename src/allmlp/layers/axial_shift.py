@@ -1,14 +1,12 @@
 """AS-MLP's token mixer (arXiv 2107.08391, figure 2)."""
 
-from functools import partial
-
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from allmlp.layers.recomputing import is_watched, linear_after
+from allmlp.layers.recomputing import is_plain_linear, is_watched, linear_after
 from allmlp.layers.sample_norm import SampleNorm, sample_norm
-from allmlp.ops import axial_shift
-from allmlp.ops.axial_shift import check_shift_size
+from allmlp.ops import axial_shift, axial_shift_linear
+from allmlp.ops.axial_shift import Axis, check_shift_size
 
 
 class AxialShift(nn.Module):
@@ -42,12 +40,16 @@ class AxialShift(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch height width channels"]) -> Float[Tensor, "batch height width channels"]:
         x = self.act(self.norm1(self.conv1(x)))
-        along_width = linear_after(self.conv2_1, partial(axial_shift, shift_size=self.shift_size, axis="width"), x)
-        along_height = linear_after(self.conv2_2, partial(axial_shift, shift_size=self.shift_size, axis="height"), x)
+        along_width, along_height = self._along(self.conv2_1, x, "width"), self._along(self.conv2_2, x, "height")
         if type(self.norm2) is not SampleNorm or is_watched(self.norm2):
             return self.drop(self.conv3(self.norm2(self.act(along_width) + self.act(along_height))))
         y = linear_after(self.conv3, self._merge, along_width, along_height, self.norm2.weight, self.norm2.bias)
         return self.drop(y)
+
+    def _along(self, linear: nn.Linear, x: Tensor, axis: Axis) -> Tensor:
+        if is_plain_linear(linear, x):
+            return axial_shift_linear(x, linear.weight, linear.bias, self.shift_size, axis)
+        return linear(axial_shift(x, self.shift_size, axis))
 
     def _merge(self, along_width: Tensor, along_height: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return sample_norm(self.act(along_width) + self.act(along_height), weight, bias, self.norm2.eps)

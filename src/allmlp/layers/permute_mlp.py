@@ -5,9 +5,12 @@ from collections.abc import Mapping
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from allmlp.layers.recomputing import linear_after
+from allmlp.layers.recomputing import is_plain_linear
 from allmlp.layers.resampling import GridBound
 from allmlp.layers.split_attention import SplitAttention
+from allmlp.ops import permute_linear
+from allmlp.ops.axial_shift import Axis
+from allmlp.ops.permute_linear import segment_map, segment_rows
 from allmlp.ops.resampling import Grid, resample_read, resample_written
 
 
@@ -45,21 +48,13 @@ class PermuteMLP(GridBound):
         """The three branches: mixed along height, width and channels."""
         if x.shape[1:3] != self.grid_size:
             raise ValueError(f"the input's map is {tuple(x.shape[1:3])}, this layer was built for {self.grid_size}")
-        # B batch, H height, W width, N segments, S channels of a segment
-        H, W = self.grid_size
-        h_BWNC = linear_after(self.mlp_h, self._columns, x)
-        w_BHNC = linear_after(self.mlp_w, self._rows, x)
-        h_BHWNS = h_BWNC.unflatten(-1, (H, -1)).permute(0, 3, 1, 2, 4)
-        w_BHWNS = w_BHNC.unflatten(-1, (W, -1)).permute(0, 1, 3, 2, 4)
-        return h_BHWNS.flatten(3), w_BHWNS.flatten(3), self.mlp_c(x)
+        return self._along(self.mlp_h, x, "height"), self._along(self.mlp_w, x, "width"), self.mlp_c(x)
 
-    def _columns(self, x: Tensor) -> Tensor:
-        """For every column and segment, its numbers at all heights in one row."""
-        return x.unflatten(-1, (self.segments, -1)).permute(0, 2, 3, 1, 4).flatten(3)
-
-    def _rows(self, x: Tensor) -> Tensor:
-        """For every row of the map and segment, its numbers at all widths in one row."""
-        return x.unflatten(-1, (self.segments, -1)).permute(0, 1, 3, 2, 4).flatten(3)
+    def _along(self, linear: nn.Linear, x: Tensor, axis: Axis) -> Tensor:
+        if is_plain_linear(linear, x):
+            return permute_linear(x, linear.weight, linear.bias, self.segments, axis)
+        size = self.grid_size[0 if axis == "height" else 1]
+        return segment_map(linear(segment_rows(x, self.segments, axis)), size, axis)
 
     def forward(self, x: Float[Tensor, "batch height width channels"]) -> Float[Tensor, "batch height width channels"]:
         h, w, c = self.mix(x)

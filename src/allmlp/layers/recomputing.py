@@ -1,4 +1,4 @@
-"""When a layer may keep less: for backward, and in inference for itself."""
+"""When a layer may keep less, for backward and in inference, or leave what its parts compute to one operator."""
 
 from collections.abc import Callable
 
@@ -56,6 +56,14 @@ def linear_act_linear(fc1: nn.Module, act: nn.Module, fc2: nn.Module, x: Tensor)
 def _is_plain_inference() -> bool:
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
     return not (traced or torch.is_grad_enabled())
+
+
+def is_plain_linear(linear: nn.Module, x: Tensor) -> bool:
+    """Whether nobody notices if an operator reads the parameters of `linear` and computes what `linear` would of `x`.
+
+    It is an `nn.Linear` and no adapter or quantised layer, no hook watches it, and `x` is no placeholder of a trace.
+    """
+    return type(linear) is nn.Linear and not is_watched(linear) and isinstance(x, Tensor)
 
 
 def is_watched(module: nn.Module) -> bool:

@@ -1,7 +1,13 @@
 """Functions on tensors: each operator's plain reference and, beside it, the form the layers use."""
 
-from allmlp.ops.axial_shift import axial_shift, axial_shift_reference
+from allmlp.ops.axial_shift import (
+    axial_shift,
+    axial_shift_linear,
+    axial_shift_linear_reference,
+    axial_shift_reference,
+)
 from allmlp.ops.backends import set_fused
+from allmlp.ops.permute_linear import permute_linear, permute_linear_reference
 from allmlp.ops.recomputing import recomputing, recomputing_linear, recomputing_linear_reference
 from allmlp.ops.spatial_gating import (
     apply_gate,
@@ -10,7 +16,12 @@ from allmlp.ops.spatial_gating import (
     spatial_gating,
     spatial_gating_reference,
 )
-from allmlp.ops.spatial_shift import spatial_shift, spatial_shift_reference
+from allmlp.ops.spatial_shift import (
+    spatial_shift,
+    spatial_shift_linear,
+    spatial_shift_linear_reference,
+    spatial_shift_reference,
+)
 from allmlp.ops.split_attention import (
     mean_over_positions,
     mean_over_positions_reference,
@@ -26,11 +37,15 @@ from allmlp.ops.token_shift import token_shift
 __all__ = [
     "apply_gate",
     "axial_shift",
+    "axial_shift_linear",
+    "axial_shift_linear_reference",
     "axial_shift_reference",
     "mean_over_positions",
     "mean_over_positions_reference",
     "normalized_spatial_gating",
     "normalized_spatial_gating_reference",
+    "permute_linear",
+    "permute_linear_reference",
     "pool_branches",
     "pool_branches_reference",
     "recomputing",
@@ -40,6 +55,8 @@ __all__ = [
     "spatial_gating",
     "spatial_gating_reference",
     "spatial_shift",
+    "spatial_shift_linear",
+    "spatial_shift_linear_reference",
     "spatial_shift_reference",
     "split_attention",
     "split_attention_reference",

@@ -1,11 +1,15 @@
-"""The axial shift of AS-MLP (arXiv 2107.08391, section 3.2), on any device and dtype."""
+"""The axial shift of AS-MLP (arXiv 2107.08391, section 3.2), on any device and dtype, and the linear map behind it."""
 
+from functools import partial
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+
+from allmlp.ops.backends import Backend, autocast, takes_fused
+from allmlp.ops.recomputing import recomputing_linear
 
 Axis = Literal["height", "width"]
 _AXES: dict[str, int] = {"height": -3, "width": -2}
@@ -42,12 +46,69 @@ def axial_shift(
     Raises:
         ValueError: if `shift_size` is not odd and positive, or `axis` is unknown.
     """
-    if axis not in _AXES:
-        raise ValueError(f"axis must be one of {', '.join(_AXES)}, got {axis!r}")
+    check_axis(axis)
     check_shift_size(shift_size)
     if torch.compiler.is_compiling():
         return axial_shift_reference(x, shift_size, axis)
     return _AxialShift.apply(x, shift_size, axis, 1)
+
+
+def axial_shift_linear_reference(
+    x: Float[Tensor, "batch height width channels"],
+    weight: Float[Tensor, "outputs channels"],
+    bias: Float[Tensor, " outputs"] | None,
+    shift_size: int,
+    axis: Axis,
+) -> Float[Tensor, "batch height width outputs"]:
+    """`axial_shift_linear` from its two halves."""
+    return F.linear(axial_shift_reference(x, shift_size, axis), weight, bias)
+
+
+def axial_shift_linear(
+    x: Float[Tensor, "batch height width channels"],
+    weight: Float[Tensor, "outputs channels"],
+    bias: Float[Tensor, " outputs"] | None,
+    shift_size: int,
+    axis: Axis,
+    *,
+    backend: Backend = "auto",
+) -> Float[Tensor, "batch height width outputs"]:
+    """`W·axial_shift(x) + b`, for whose gradient `x` is kept and not the shifted map.
+
+    The fused form reads each channel from where the shift takes it and never writes a shifted map, neither here nor for
+    the weight's gradient.
+
+    Args:
+        x: any floating dtype and device; channels last.
+        weight: `W`.
+        bias: `b`.
+        shift_size: number of offsets, odd; see `axial_shift`.
+        axis: the axis moved along.
+        backend: see `ops.set_fused`; the fused form has no second derivative.
+
+    Returns:
+        A new tensor.
+
+    Raises:
+        ValueError: if `shift_size` is not odd and positive, `axis` is unknown, or `backend` cannot run.
+    """
+    check_axis(axis)
+    check_shift_size(shift_size)
+    if not takes_fused("axial_shift_linear", backend, x, weight, bias):
+        shift = partial(axial_shift, shift_size=shift_size, axis=axis)
+        return recomputing_linear("channels", shift, (x,), weight, bias)
+    from allmlp.ops.kernels.shifted_linear import shifted_linear
+
+    starts = [start for start, _ in _groups(x, shift_size)]
+    moves, still = [group - shift_size // 2 for group in range(len(starts))], [0] * len(starts)
+    down, right = (moves, still) if axis == "height" else (still, moves)
+    return shifted_linear(*autocast(x, weight, bias), starts, down, right, False)
+
+
+def check_axis(axis: str) -> None:
+    """Raise ValueError unless `axis` is one of a map's two."""
+    if axis not in _AXES:
+        raise ValueError(f"axis must be one of {', '.join(_AXES)}, got {axis!r}")
 
 
 def check_shift_size(shift_size: int) -> None:

@@ -1,4 +1,5 @@
-"""The spatial shift of S²-MLP (arXiv 2106.07477, algorithm 1) and S²-MLPv2 (arXiv 2108.01072, eq. 1).
+"""The spatial shift of S²-MLP (arXiv 2106.07477, algorithm 1) and S²-MLPv2 (arXiv 2108.01072, eq. 1), and the linear
+map behind it.
 
 The papers' in-place slice assignments read memory they have already overwritten; here the result is a new tensor.
 """
@@ -7,8 +8,11 @@ from itertools import pairwise
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+
+from allmlp.ops.backends import Backend, autocast, takes_fused
 
 Order = Literal["width_first", "height_first"]
 _HEIGHT, _WIDTH = -3, -2
@@ -55,6 +59,53 @@ def spatial_shift(
     if torch.compiler.is_compiling():
         return spatial_shift_reference(x, order)
     return _SpatialShift.apply(x, order, False)
+
+
+def spatial_shift_linear_reference(
+    x: Float[Tensor, "batch height width channels"],
+    weight: Float[Tensor, "outputs channels"],
+    bias: Float[Tensor, " outputs"] | None,
+    order: Order = "width_first",
+) -> Float[Tensor, "batch height width outputs"]:
+    """`spatial_shift_linear` from its two halves."""
+    return F.linear(spatial_shift_reference(x, order), weight, bias)
+
+
+def spatial_shift_linear(
+    x: Float[Tensor, "batch height width channels"],
+    weight: Float[Tensor, "outputs channels"],
+    bias: Float[Tensor, " outputs"] | None,
+    order: Order = "width_first",
+    *,
+    backend: Backend = "auto",
+) -> Float[Tensor, "batch height width outputs"]:
+    """`W·spatial_shift(x) + b`.
+
+    The fused form reads each channel from where the shift takes it and never writes a shifted map, neither here nor for
+    the weight's gradient, for which it keeps `x`.
+
+    Args:
+        x: any floating dtype and device; channels last.
+        weight: `W`.
+        bias: `b`.
+        order: which axis the first two quarters move along; see `spatial_shift`.
+        backend: see `ops.set_fused`; the fused form has no second derivative.
+
+    Returns:
+        A new tensor.
+
+    Raises:
+        ValueError: for another `order`, or if `backend` cannot run.
+    """
+    check_order(order)
+    if not takes_fused("spatial_shift_linear", backend, x, weight, bias):
+        return F.linear(spatial_shift(x, order), weight, bias)
+    from allmlp.ops.kernels.shifted_linear import shifted_linear
+
+    starts = [start for start, _ in _quarters(x)]
+    down = [step if axis == _HEIGHT else 0 for axis, step in _GROUPS[order]]
+    right = [step if axis == _WIDTH else 0 for axis, step in _GROUPS[order]]
+    return shifted_linear(*autocast(x, weight, bias), starts, down, right, True)
 
 
 def check_order(order: str) -> None:

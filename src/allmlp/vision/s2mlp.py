@@ -8,6 +8,8 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from allmlp.layers import Affine, ChannelMLP, PatchEmbedding, SpatialShift
+from allmlp.layers.recomputing import is_plain_linear, is_watched
+from allmlp.ops import spatial_shift_linear
 from allmlp.vision.base import VisionMLP, column_levels, depth_decayed
 from allmlp.vision.registry import register_family
 
@@ -61,8 +63,14 @@ class S2MLPBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Float[Tensor, "batch height width channels"]) -> Float[Tensor, "batch height width channels"]:
-        x = x + self.drop_path(self.norm1(self.fc2(self.shift(self.act(self.fc1(x))))))
+        x = x + self.drop_path(self.norm1(self._shifted(self.act(self.fc1(x)))))
         return x + self.drop_path(self.norm2(self.mlp_channels(x)))
+
+    def _shifted(self, x: Tensor) -> Tensor:
+        plain_shift = type(self.shift) is SpatialShift and not is_watched(self.shift)
+        if plain_shift and is_plain_linear(self.fc2, x):
+            return spatial_shift_linear(x, self.fc2.weight, self.fc2.bias, self.shift.order)
+        return self.fc2(self.shift(x))
 
 
 class S2MLP(VisionMLP):

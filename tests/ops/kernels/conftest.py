@@ -4,6 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from allmlp.ops.kernels import gathered_linear
+from allmlp.ops.kernels.gathered_linear import Blocks
+
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -18,3 +21,11 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles so small that a small map takes several of them, and its positions several parts of a sum."""
+    monkeypatch.setattr(gathered_linear, "choose_blocks", lambda *_: Blocks(16, 16, 16, warps=4))
+    monkeypatch.setattr(gathered_linear, "choose_programs", lambda _: 100)
+    monkeypatch.setattr(gathered_linear, "FEWEST_STEPS", 2)

@@ -1,0 +1,56 @@
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+from allmlp.ops import permute_linear, permute_linear_reference
+from tests.tolerances import assert_close
+
+AXES = ("height", "width")
+# (map, segments)
+SIZES = [((2, 3, 2, 8), 4), ((1, 2, 3, 6), 1), ((2, 1, 4, 3), 3)]
+
+
+def inputs(shape, segments, axis) -> list[Tensor]:
+    numbers = shape[AXES.index(axis) + 1] * shape[-1] // segments
+    shapes = (shape, (numbers, numbers), (numbers,))
+    return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+
+def loop(x: Tensor, weight: Tensor, bias: Tensor, segments: int, axis: str) -> Tensor:
+    """Each segment's numbers along the axis through the linear map, one after the other."""
+    batch, height, width, channels = x.shape
+    out, size = torch.zeros_like(x), channels // segments
+    for b in range(batch):
+        for own in (slice(n * size, (n + 1) * size) for n in range(segments)):
+            for k in range(width if axis == "height" else height):
+                place = (b, slice(None), k, own) if axis == "height" else (b, k, slice(None), own)
+                numbers = x[place]
+                out[place] = (weight @ numbers.flatten() + bias).view_as(numbers)
+    return out
+
+
+@pytest.mark.parametrize("function", [permute_linear, permute_linear_reference])
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize(("shape", "segments"), SIZES, ids=str)
+def test_equals_a_loop_over_segments(function, axis, shape, segments) -> None:
+    used = [x.detach() for x in inputs(shape, segments, axis)]
+    assert_close(function(*used, segments, axis), loop(*used, segments, axis))
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_first_and_second_derivatives(axis) -> None:
+    used = inputs((1, 2, 3, 4), 2, axis)
+    assert gradcheck(lambda *x: permute_linear(*x, 2, axis), used)
+    assert gradgradcheck(lambda *x: permute_linear(*x, 2, axis), used)
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_bias_may_be_absent(axis) -> None:
+    x, weight, _ = (x.detach() for x in inputs((2, 3, 2, 8), 4, axis))
+    assert_close(permute_linear(x, weight, None, 4, axis), permute_linear_reference(x, weight, None, 4, axis))
+
+
+def test_unknown_axis_is_refused() -> None:
+    with pytest.raises(ValueError, match="axis must be one of height, width, got 'depth'"):
+        permute_linear(torch.zeros(1, 2, 2, 4), torch.zeros(4, 4), None, 2, "depth")
