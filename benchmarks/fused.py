@@ -128,7 +128,7 @@ def main() -> None:
     elif not torch.cuda.is_available():
         sys.exit("there is no CUDA device to measure on; --interpret tries the script out on a CPU")
     from allmlp.benchmark.measurement import machine
-    from allmlp.checkpoints.run_directory import write_json
+    from allmlp.files import write_json
 
     device = torch.device("cpu" if options.interpret else "cuda")
     rounds = 1 if options.interpret else options.rounds
