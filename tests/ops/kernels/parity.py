@@ -31,6 +31,13 @@ def assert_matches(fused: Operator, reference: Operator, inputs: Sequence[Tensor
         assert_close(grad / scale.to(dtype), expected_grad / scale)
 
 
+def poisoned_outside(x: Tensor) -> Tensor:
+    """`x` as a part of a larger tensor that is NaN everywhere else."""
+    larger = torch.full([size + 1 for size in x.shape], torch.nan, dtype=x.dtype, device=x.device)
+    inside = larger[tuple(slice(size) for size in x.shape)]
+    return inside.copy_(x)
+
+
 def _run(function: Operator, inputs: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
     inputs = [x.detach().requires_grad_() for x in inputs]
     out = function(*inputs)

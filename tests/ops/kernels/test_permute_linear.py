@@ -6,7 +6,7 @@ from torch import Tensor
 
 from allmlp.ops import permute_linear, permute_linear_reference
 from allmlp.ops.kernels import permute_linear as kernels
-from tests.ops.kernels.parity import DEVICE, DTYPES, assert_matches
+from tests.ops.kernels.parity import DEVICE, DTYPES, assert_matches, poisoned_outside
 from tests.tolerances import assert_close
 
 AXES = ("height", "width")
@@ -49,6 +49,16 @@ def test_any_memory_layout(view, axis, small_tiles) -> None:
     fused, reference = operators(4, axis)
     used = [torch.randn(2, 5, 5, 16), *inputs((2, 5, 5, 8), 4, axis)[1:]]
     assert_matches(lambda *x: fused(*view(*x)), lambda *x: reference(*view(*x)), used, torch.float32)
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_nothing_outside_is_read(axis, small_tiles) -> None:
+    fused, reference = operators(4, axis)
+    x, weight, bias = (x.to(DEVICE) for x in inputs((2, 5, 7, 12), 4, axis))
+    leaves = [poisoned_outside(x).requires_grad_() for x in (x, weight, bias)]
+    out = fused(*leaves)
+    assert_close(out, reference(x.double(), weight.double(), bias.double()))
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(out, leaves, poisoned_outside(out.detach())))
 
 
 @pytest.mark.parametrize("axis", AXES)

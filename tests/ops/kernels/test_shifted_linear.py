@@ -11,7 +11,7 @@ from allmlp.ops import (
     spatial_shift_linear_reference,
 )
 from allmlp.ops.kernels import shifted_linear as kernels
-from tests.ops.kernels.parity import DEVICE, DTYPES, assert_matches
+from tests.ops.kernels.parity import DEVICE, DTYPES, assert_matches, poisoned_outside
 from tests.tolerances import assert_close
 
 # (map, outputs): several tiles and a rest either way, groups that end inside a tile, offsets beyond the map, one row,
@@ -68,6 +68,15 @@ LAYOUTS = {
 def test_any_memory_layout(fused, reference, view, small_tiles) -> None:
     used = inputs((2, 3, 5, 34), 21)
     assert_matches(lambda *x: fused(*view(*x)), lambda *x: reference(*view(*x)), used, torch.float32)
+
+
+@each_shift
+def test_nothing_outside_is_read(fused, reference, small_tiles) -> None:
+    x, weight, bias = (x.to(DEVICE) for x in inputs((2, 3, 5, 19), 7))
+    leaves = [poisoned_outside(x).requires_grad_() for x in (x, weight, bias)]
+    out = fused(*leaves)
+    assert_close(out, reference(x.double(), weight.double(), bias.double()))
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(out, leaves, poisoned_outside(out.detach())))
 
 
 @each_shift
