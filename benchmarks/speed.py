@@ -2,10 +2,11 @@
 
     python benchmarks/speed.py eager --peer-path AS-MLP=… --peer-path VisionPermutator=… --peer-path Jittor-MLP=…
     python benchmarks/speed.py engines --peer-path …
+    python benchmarks/speed.py eager --task inference --batch-size 1 32 --name speed_batches --peer-path …
     python benchmarks/speed.py page
 
-The first two write `benchmarks/results/speed_<part>.json`, the third puts both into `docs/speed.md`. On two cores the
-first takes about seven minutes, the second about six. `--models` and `--batch-size` restrict or widen what is measured;
+Each measurement writes `benchmarks/results/speed_<part>.json`, the last command puts all into `docs/speed.md`. On two
+cores they take about ten minutes each. `--models` and `--batch-size` restrict or widen what is measured;
 `--cpu-isa AVX512_CORE_BF16` keeps oneDNN from newer instructions (AMX), to compare with machines that lack them.
 """
 
@@ -66,7 +67,7 @@ def eager(options: argparse.Namespace) -> None:
     paths = checkouts(dict(given.split("=", 1) for given in options.peer_path))
     results = []
     for setting in wanted:
-        found = measure(setting, peer_paths=paths, rounds=options.rounds, skipped=_say)
+        found = measure(setting, peer_paths=paths, rounds=options.rounds, skipped=_leave_out)
         print(table(result_table(found)[1:]), flush=True)
         results += found
         _keep(options, results)
@@ -105,6 +106,8 @@ def _beside_engines(model: str, dtype: str, batch_size: int, paths: dict[str, Pa
     image = torch.randn(batch_size, *ours.pretrained_cfg["input_size"])
     precision = DTYPES[dtype]
     optimized = allmlp.optimize(ours, image, dtype=precision)
+    for candidate in optimized.candidates:
+        _say(f"{model}, {dtype}: {candidate}")
     low = copy.deepcopy(ours).to(precision)
     with torch.no_grad():
         products = record_products(lambda: low(image.to(precision)))
@@ -118,7 +121,7 @@ def _beside_engines(model: str, dtype: str, batch_size: int, paths: dict[str, Pa
         try:
             runners[f"{peer.name}, {engine}"] = ENGINES[engine](theirs, image, precision)
         except EngineMissingError as reason:
-            _say(str(reason))
+            _leave_out(str(reason))
     steps = {name: run if name in (OURS, FLOOR) else lambda run=run: run(image) for name, run in runners.items()}
     times = time_in_turn(steps, rounds=rounds)
     setting = Setting(model=model, dtype=dtype, batch_size=batch_size)
@@ -152,8 +155,12 @@ def _keep(options: argparse.Namespace, results: list) -> None:
     write_results(RESULTS / f"{options.name or f'speed_{options.part}'}.json", results, facts)
 
 
-def _say(reason: str) -> None:
-    print(f"left out: {reason}", file=sys.stderr)
+def _leave_out(reason: str) -> None:
+    _say(f"left out: {reason}")
+
+
+def _say(what: str) -> None:
+    print(what, file=sys.stderr)
 
 
 if __name__ == "__main__":
