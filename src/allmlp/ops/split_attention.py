@@ -97,7 +97,7 @@ def mean_over_positions(
     The product reads 16-bit inputs as they are and accumulates in float32, where torch's reduction first writes them
     out in float32.
     """
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or torch.compiler.is_exporting():
         return mean_over_positions_reference(x)
     positions = x.shape[1] * x.shape[2]
     weights = x.new_full((1, 1, positions), 1 / positions).expand(x.shape[0], -1, -1)

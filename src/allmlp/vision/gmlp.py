@@ -69,15 +69,15 @@ class GMLPBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Float[Tensor, "batch height width channels"]) -> Float[Tensor, "batch height width channels"]:
-        tokens = self.norm(x.flatten(1, 2))
+        tokens = x.flatten(1, 2)
+        normed = self.norm(tokens)
         if self.training and self.drop1.p > 0:
-            gated = self.sgu(self.drop1(self.act(self.proj_in(tokens))), tokens)
+            gated = self.sgu(self.drop1(self.act(self.proj_in(normed))), normed)
         elif torch.is_grad_enabled():
-            gated = self.sgu(self.proj_in(tokens), tokens, act=self.act)
+            gated = self.sgu(self.proj_in(normed), normed, act=self.act)
         else:
-            gated = self.sgu(activated(self.proj_in, self.act, tokens), tokens)
-        y = self.drop2(self.proj_out(gated))
-        return x + self.drop_path(y).view_as(x)
+            gated = self.sgu(activated(self.proj_in, self.act, normed), normed)
+        return (tokens + self.drop_path(self.drop2(self.proj_out(gated)))).view_as(x)
 
 
 class GMLP(VisionMLP):

@@ -73,8 +73,10 @@ class MixerBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Float[Tensor, "batch height width channels"]) -> Float[Tensor, "batch height width channels"]:
-        x = x + self.drop_path(self.mlp_tokens(self.norm1(x).flatten(1, 2))).view_as(x)
-        return x + self.drop_path(self.mlp_channels(self.norm2(x)))
+        tokens = x.flatten(1, 2)
+        tokens = tokens + self.drop_path(self.mlp_tokens(self.norm1(tokens)))
+        tokens = tokens + self.drop_path(self.mlp_channels(self.norm2(tokens)))
+        return tokens.view_as(x)
 
 
 class Mixer(VisionMLP):

@@ -56,9 +56,10 @@ class ResMLPBlock(GridBound):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Float[Tensor, "batch height width channels"]) -> Float[Tensor, "batch height width channels"]:
-        mixed = self.linear_tokens(self.norm1(x).flatten(1, 2)).view_as(x)
-        x = x + self.drop_path(self.ls1 * mixed)
-        return x + self.drop_path(self.ls2 * self.mlp_channels(self.norm2(x)))
+        tokens = x.flatten(1, 2)
+        tokens = tokens + self.drop_path(self.ls1 * self.linear_tokens(self.norm1(tokens)))
+        tokens = tokens + self.drop_path(self.ls2 * self.mlp_channels(self.norm2(tokens)))
+        return tokens.view_as(x)
 
     def trained_grid(self, own: Mapping[str, Tensor]) -> Grid:
         return (own["linear_tokens.bias"].shape[0],)

@@ -80,7 +80,8 @@ class S2MLPv2Block(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch height width channels"]) -> Float[Tensor, "batch height width channels"]:
         x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp_channels(self.norm2(x)))
+        tokens = x.flatten(1, 2)
+        return (tokens + self.drop_path(self.mlp_channels(self.norm2(tokens)))).view_as(x)
 
 
 class S2MLPv2(VisionMLP):
