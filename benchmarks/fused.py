@@ -63,6 +63,11 @@ def cases(tiny: bool) -> list[Case]:
         _gating("causal gMLP, 4,096 tokens", 8, 4096, 1536, causal=True, tiny=tiny),
         *_split_attention("ViP-S/7 and S²-MLPv2-S/7, 32 × 32", 128, 32, 192, tiny=tiny),
         *_split_attention("ViP-S/7 and S²-MLPv2-S/7, 16 × 16", 128, 16, 384, tiny=tiny),
+        *_axial_shift("AS-MLP-T, 56 × 56", 128, 56, 96, tiny=tiny),
+        *_axial_shift("AS-MLP-T, 14 × 14", 128, 14, 384, tiny=tiny),
+        _spatial_shift("S²-MLP-wide, 14 × 14", 128, 14, 768, tiny=tiny),
+        *_permute("ViP-S/7, 32 × 32", 128, 32, 192, 32, tiny=tiny),
+        *_permute("ViP-S/7, 16 × 16", 128, 16, 384, 16, tiny=tiny),
     ]
 
 
@@ -106,6 +111,55 @@ def _split_attention(size: str, batch: int, side: int, channels: int, *, tiny: b
     return [
         Case(operator="pool_branches", size=size, shapes=branches, run=pool),
         Case(operator="split_attention", size=size, shapes=(*branches, logits), run=weigh),
+    ]
+
+
+def _axial_shift(size: str, batch: int, side: int, channels: int, *, tiny: bool) -> list[Case]:
+    """AS-MLP's two projections behind a shift by up to two positions."""
+    from allmlp.ops import axial_shift_linear
+
+    def along(axis: str) -> Case:
+        run = partial(axial_shift_linear, shift_size=5, axis=axis)
+        return _shifted("axial_shift_linear", f"{size}, along the {axis}", batch, side, channels, run, tiny=tiny)
+
+    return [along("height"), along("width")]
+
+
+def _spatial_shift(size: str, batch: int, side: int, channels: int, *, tiny: bool) -> Case:
+    from allmlp.ops import spatial_shift_linear
+
+    return _shifted("spatial_shift_linear", size, batch, side, channels, spatial_shift_linear, tiny=tiny)
+
+
+def _shifted(
+    operator: str, size: str, batch: int, side: int, channels: int, run: Callable[..., Tensor], *, tiny: bool
+) -> Case:
+    if tiny:
+        batch, side, channels = 2, 5, 20
+    shapes = ((batch, side, side, channels), (channels, channels), (channels,))
+    return Case(operator=operator, size=size, shapes=shapes, run=run, macs=batch * side**2 * channels**2)
+
+
+def _permute(size: str, batch: int, side: int, channels: int, segments: int, *, tiny: bool) -> list[Case]:
+    """Permute-MLP's maps, which have no bias."""
+    from allmlp.ops import permute_linear
+
+    if tiny:
+        batch, side, channels, segments = 2, 5, 20, 4
+    numbers = side * channels // segments
+
+    def along(axis: str) -> Callable[..., Tensor]:
+        return lambda x, weight, **backend: permute_linear(x, weight, None, segments, axis, **backend)
+
+    return [
+        Case(
+            operator="permute_linear",
+            size=f"{size}, along the {axis}",
+            shapes=((batch, side, side, channels), (numbers, numbers)),
+            run=along(axis),
+            macs=batch * side * segments * numbers**2,
+        )
+        for axis in ("height", "width")
     ]
 
 
