@@ -1,5 +1,7 @@
 """Bytes are counted, and training keeps at most three quarters of what the peers keep."""
 
+import gc
+
 import pytest
 import torch
 from torch import nn
@@ -15,6 +17,14 @@ def test_each_storage_counts_once_and_parameters_do_not() -> None:
     layer = nn.Linear(8, 8)
     x = torch.randn(16, 8, requires_grad=True)
     assert activation_bytes(layer, lambda: layer(x) + layer(x).relu()) == (16 * 8 + 16 * 8) * 4
+
+
+def test_what_is_counted_is_freed() -> None:
+    layer, x = nn.LayerNorm(977), torch.randn(3, 977, requires_grad=True)
+    activation_bytes(layer, lambda: layer(x).relu())
+    gc.collect()
+    shapes = [o.shape for o in gc.get_objects() if type(o) is torch.Tensor and o is not x]
+    assert (3, 977) not in shapes
 
 
 def test_highest_point_of_a_step() -> None:

@@ -36,9 +36,11 @@ def activation_bytes(model: nn.Module, forward: Callable[[], object]) -> int:
     kept: dict[int, tuple[int, Tensor]] = {}
 
     def pack(x: Tensor) -> Tensor:
+        # The tensor itself would hold the graph that holds it, and neither would ever be freed.
+        x = x.detach()
         storage = x.untyped_storage()
         if storage.data_ptr() not in own:
-            # Holding the tensor keeps its address from being given to another one.
+            # Holding it keeps its address from being given to another one.
             kept[storage.data_ptr()] = (storage.nbytes(), x)
         return x
 
