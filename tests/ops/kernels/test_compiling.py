@@ -20,7 +20,7 @@ KERNELS = {
     "_weight_backward",
     "_weight_grad",
 }
-# What a program may take on a multiprocessor, in bytes, by compute capability (CUDA C programming guide, table 29).
+# What one program may take, in bytes, by compute capability (CUDA C++ programming guide, technical specifications).
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10}
 
 
