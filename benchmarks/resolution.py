@@ -14,7 +14,6 @@ import argparse
 import copy
 import itertools
 import json
-import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -30,10 +29,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor, nn
 
+from allmlp.benchmark.report import replace_part
 from allmlp.checkpoints import run_directory
 from allmlp.checkpoints.run_directory import METRICS, read_config
 from allmlp.data.images import ImageData, load_images
-from allmlp.files import write_json, write_text
+from allmlp.files import write_json
 from allmlp.layers import GridBound, TokenMixingMLP
 from allmlp.machine import surroundings
 from allmlp.ops import resampling
@@ -272,12 +272,9 @@ def render(found: dict[str, Any]) -> None:
     """Draws docs/figures/resolution.png, and writes the tables between the page's markers."""
     tables = {"sizes": _sizes_table, "methods": _methods_table, "tuning": _tuning_table}
     page = ROOT / "docs" / "resolution.md"
-    text = page.read_text(encoding="utf-8")
     for part, table in tables.items():
-        begin, end = f"<!-- {part}: begin -->", f"<!-- {part}: end -->"
-        rows = "\n".join([begin, "", *(table(found) if found.get(part) else ()), "", end])
-        text = re.sub(f"{re.escape(begin)}.*{re.escape(end)}", lambda _, rows=rows: rows, text, flags=re.DOTALL)
-    write_text(page, text)
+        if found.get(part):
+            replace_part(page, part, "\n".join(table(found)))
     if found.get("sizes"):
         _draw(found["sizes"])
 

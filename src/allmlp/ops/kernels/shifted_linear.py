@@ -54,25 +54,17 @@ def _shift_adjoint(
 
 
 @shifted_linear.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    starts: Sequence[int],
-    down: Sequence[int],
-    right: Sequence[int],
-    clamp: bool,
-) -> Tensor:
+def _(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
     return x.new_empty((*x.shape[:3], weight.shape[0]))
 
 
 @_weight_grad.register_fake
-def _(grad: Tensor, x: Tensor, starts: Sequence[int], down: Sequence[int], right: Sequence[int], clamp: bool) -> Tensor:
+def _(grad: Tensor, x: Tensor, *shift: Any) -> Tensor:
     return x.new_empty((grad.shape[3], x.shape[3]))
 
 
 @_shift_adjoint.register_fake
-def _(grad: Tensor, starts: Sequence[int], down: Sequence[int], right: Sequence[int], clamp: bool) -> Tensor:
+def _(grad: Tensor, *shift: Any) -> Tensor:
     return torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
 
 

@@ -162,39 +162,20 @@ def _(v: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 @gated_product.register_fake
-def _(
-    u: Tensor,
-    v: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    causal: bool,
-) -> Tensor:
+def _(u: Tensor, *others: Any) -> Tensor:
     return u.new_empty(u.shape)
 
 
 @_backward_read.register_fake
 def _(
-    grad: Tensor, u: Tensor, v: Tensor, mean: Tensor, rstd: Tensor, norm_weight: Tensor, weight: Tensor, causal: bool
+    grad: Tensor, u: Tensor, v: Tensor, mean: Tensor, rstd: Tensor, norm_weight: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return v.new_empty(v.shape), norm_weight.new_empty(norm_weight.shape), norm_weight.new_empty(norm_weight.shape)
 
 
 @_backward_weight.register_fake
-def _(
-    grad: Tensor,
-    u: Tensor,
-    v: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    weight: Tensor,
-    causal: bool,
-) -> tuple[Tensor, Tensor]:
+def _(*given: Any) -> tuple[Tensor, Tensor]:
+    *_, weight, _ = given
     return weight.new_empty(weight.shape), weight.new_empty(weight.shape[:2])
 
 
