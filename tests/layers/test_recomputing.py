@@ -3,7 +3,7 @@ import torch
 from torch import Tensor, nn
 
 from allmlp.layers import TokenLinear
-from allmlp.layers.recomputing import activated
+from allmlp.layers.recomputing import mapped
 
 LAYERS = {"channels": (nn.Linear(6, 8), (2, 5, 6)), "tokens": (TokenLinear(5, 7), (2, 5, 6))}
 
@@ -29,7 +29,7 @@ def test_in_inference_the_activation_takes_over_the_memory(kind: str, approximat
     x, act = torch.randn(shape), nn.GELU(approximate)
     given = x.clone()
     with torch.no_grad():
-        y = activated(linear, act, x)
+        y = mapped(linear, x, act)
         assert torch.equal(y, act(linear(x)))
     assert len(written) == 1
     assert written[0] is y
@@ -53,7 +53,7 @@ def test_what_somebody_watches_is_left_alone(watch, written: list) -> None:
     linear, act, x = nn.Linear(6, 8), nn.GELU(), torch.randn(3, 6)
     watch(linear, act)
     with torch.no_grad():
-        assert torch.equal(activated(linear, act, x), act(linear(x)))
+        assert torch.equal(mapped(linear, x, act), act(linear(x)))
     assert not written
 
 
@@ -66,15 +66,15 @@ def test_other_layers_keep_their_output(linear: nn.Module, act: nn.Module, writt
     x = torch.randn(3, 6)
     given = x.clone()
     with torch.no_grad():
-        assert torch.equal(activated(linear, act, x), act(linear(x)))
+        assert torch.equal(mapped(linear, x, act), act(linear(x)))
     assert torch.equal(x, given)
     assert not written
 
 
 def test_gradients_and_transforms_get_the_plain_form(written: list) -> None:
     linear, act, x = nn.Linear(6, 8), nn.GELU(), torch.randn(3, 6)
-    activated(linear, act, x).sum().backward()
+    mapped(linear, x, act).sum().backward()
     assert linear.weight.grad is not None
     with torch.no_grad():
-        assert torch.equal(torch.func.vmap(lambda row: activated(linear, act, row))(x), act(linear(x)))
+        assert torch.equal(torch.func.vmap(lambda row: mapped(linear, row, act))(x), act(linear(x)))
     assert not written

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from allmlp.ops import backends
-from allmlp.ops.backends import autocast, set_fused, takes_fused
+from allmlp.ops.backends import set_fused, takes_fused
 
 
 @pytest.fixture(autouse=True)
@@ -68,15 +68,6 @@ def test_what_is_traced_for_another_runtime_is_torchs_form(interpreted) -> None:
     traced = lambda x: taken.append(takes_fused("gating", "auto", x)) or x + 1  # noqa: E731
     torch.jit.trace(traced, torch.zeros(2), check_trace=False)
     assert taken == [False]
-
-
-def test_autocast_casts_as_for_torchs_products(interpreted) -> None:
-    x, weight = torch.zeros(2), torch.zeros(2, dtype=torch.bfloat16)
-    assert autocast(x, None, weight) == (x, None, weight)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert takes_fused("gating", "triton", x, weight)
-        x, bias, weight = autocast(x, None, weight)
-    assert (x.dtype, bias, weight.dtype) == (torch.bfloat16, None, torch.bfloat16)
 
 
 def test_without_a_gpu_or_triton_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

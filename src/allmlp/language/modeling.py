@@ -33,6 +33,7 @@ from allmlp.language.configuration import GMLPConfig
 from allmlp.language.generation import GMLPGenerationMixin
 from allmlp.language.inputs import check_token_ids, left_alignment, read_masks, reordered, reordered_mask
 from allmlp.layers import SpatialGatingUnit
+from allmlp.layers.recomputing import mapped
 from allmlp.layers.spatial_gating import Past
 from allmlp.ops import token_shift
 
@@ -46,7 +47,8 @@ class GMLPBlock(GradientCheckpointingLayer):
         self.causal = config.is_decoder
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.proj_in = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.act = ACT2FN[config.hidden_act]
+        # torch's own module where it exists: its products may be stored activated.
+        self.act = nn.GELU() if config.hidden_act == "gelu" else ACT2FN[config.hidden_act]
         self.sgu = SpatialGatingUnit(
             config.intermediate_size,
             config.max_position_embeddings,
@@ -73,7 +75,8 @@ class GMLPBlock(GradientCheckpointingLayer):
         x = self.norm(hidden_states)
         if self.shift:
             x = self._shifted(x, padding, past_key_values)
-        y = self.proj_out(self.sgu(self.act(self.proj_in(x)), x, mask, padding, past_key_values))
+        expanded = mapped(self.proj_in, x, self.act)
+        y = mapped(self.proj_out, self.sgu(expanded, x, mask, padding, past_key_values))
         if self.training:
             y = self.drop_path(self.dropout(y))
         return hidden_states + y

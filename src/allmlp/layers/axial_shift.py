@@ -3,7 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from allmlp.layers.recomputing import is_plain_linear, is_watched, linear_after
+from allmlp.layers.recomputing import is_plain_linear, is_watched, linear_after, mapped
 from allmlp.layers.sample_norm import SampleNorm, sample_norm
 from allmlp.ops import axial_shift, axial_shift_linear
 from allmlp.ops.axial_shift import Axis, check_shift_size
@@ -39,7 +39,7 @@ class AxialShift(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Float[Tensor, "batch height width channels"]) -> Float[Tensor, "batch height width channels"]:
-        x = self.act(self.norm1(self.conv1(x)))
+        x = self.act(self.norm1(mapped(self.conv1, x)))
         along_width, along_height = self._along(self.conv2_1, x, "width"), self._along(self.conv2_2, x, "height")
         if type(self.norm2) is not SampleNorm or is_watched(self.norm2):
             return self.drop(self.conv3(self.norm2(self.act(along_width) + self.act(along_height))))

@@ -8,6 +8,8 @@ from jaxtyping import Float
 from timm.layers import PatchEmbed, resample_patch_embed
 from torch import Tensor, nn
 
+from allmlp.layers.recomputing import mapped
+
 
 class PatchEmbedding(PatchEmbed):
     """timm's patch embedding with channels last: a convolution with stride `patch_size`, then a norm.
@@ -138,7 +140,7 @@ class PatchMerging(nn.Module):
         x = _pad_to_patches(x.permute(0, 3, 1, 2), (2, 2)).permute(0, 2, 3, 1)
         # B batch, H and W halved sizes, y and x position inside the neighbourhood
         x_BHyWxC = x.unflatten(2, (x.shape[2] // 2, 2)).unflatten(1, (x.shape[1] // 2, 2))
-        return self.reduction(self.norm(x_BHyWxC.permute(0, 1, 3, 4, 2, 5).flatten(3)))
+        return mapped(self.reduction, self.norm(x_BHyWxC.permute(0, 1, 3, 4, 2, 5).flatten(3)))
 
 
 class PatchDownsampling(nn.Module):

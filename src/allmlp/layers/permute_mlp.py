@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from allmlp.layers.recomputing import is_plain_linear
+from allmlp.layers.recomputing import is_plain_linear, mapped
 from allmlp.layers.resampling import GridBound
 from allmlp.layers.split_attention import SplitAttention
 from allmlp.ops import permute_linear
@@ -48,7 +48,7 @@ class PermuteMLP(GridBound):
         """The three branches: mixed along height, width and channels."""
         if x.shape[1:3] != self.grid_size:
             raise ValueError(f"the input's map is {tuple(x.shape[1:3])}, this layer was built for {self.grid_size}")
-        return self._along(self.mlp_h, x, "height"), self._along(self.mlp_w, x, "width"), self.mlp_c(x)
+        return self._along(self.mlp_h, x, "height"), self._along(self.mlp_w, x, "width"), mapped(self.mlp_c, x)
 
     def _along(self, linear: nn.Linear, x: Tensor, axis: Axis) -> Tensor:
         if is_plain_linear(linear, x):
@@ -58,7 +58,7 @@ class PermuteMLP(GridBound):
 
     def forward(self, x: Float[Tensor, "batch height width channels"]) -> Float[Tensor, "batch height width channels"]:
         h, w, c = self.mix(x)
-        return self.proj(h + w + c)
+        return mapped(self.proj, h + w + c)
 
     def trained_grid(self, own: Mapping[str, Tensor]) -> Grid:
         size = self.mlp_c.in_features // self.segments
@@ -99,4 +99,4 @@ class WeightedPermuteMLP(PermuteMLP):
         self.reweight = SplitAttention(channels, 3, bias=True, layout="channel_major")
 
     def forward(self, x: Float[Tensor, "batch height width channels"]) -> Float[Tensor, "batch height width channels"]:
-        return self.proj(self.reweight(self.mix(x)))
+        return mapped(self.proj, self.reweight(self.mix(x)))

@@ -6,8 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from allmlp import ops
 from allmlp.layers.token_linear import TokenLinear
-from allmlp.ops.recomputing import Across, recomputing_linear, worth_recomputing
+from allmlp.ops.execution import is_plain_inference, is_plain_training
+from allmlp.ops.linear import gelu_of_product
+from allmlp.ops.recomputing import Across, recomputing_linear
 
 _ACROSS: dict[type[nn.Module], Across] = {nn.Linear: "channels", TokenLinear: "tokens"}
 
@@ -26,36 +29,34 @@ def linear_after(linear: nn.Module, prologue: Callable[..., Tensor], *inputs: Te
     across = _ACROSS.get(type(linear))
     if across is None or is_watched(linear) or not all(isinstance(x, Tensor) for x in inputs):
         return linear(prologue(*inputs))
-    if not worth_recomputing(*inputs, linear.weight, linear.bias):  # type: ignore[arg-type]
+    if not is_plain_training(*inputs, linear.weight, linear.bias):  # type: ignore[arg-type]
         return linear(prologue(*inputs))
     return recomputing_linear(across, prologue, inputs, linear.weight, linear.bias)  # type: ignore[arg-type]
 
 
-def activated(linear: nn.Module, act: nn.Module, x: Tensor) -> Tensor:
-    """`act(linear(x))`; in plain eager inference a GELU is written over the map's output, which nobody else reads.
+def mapped(linear: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
+    """`linear(x)`, or `act(linear(x))`; in plain inference a GELU is applied where the output lies (see `ops.linear`).
 
     Args:
-        linear: the layer; one that is no plain `nn.Linear` or `TokenLinear`, or is watched, keeps its output.
+        linear: the layer; one that is no plain `nn.Linear` or `TokenLinear`, or is watched, is called as it is.
+        x: what it is given.
         act: the activation; one that is no `nn.GELU`, or is watched, is called as it is.
-        x: what `linear` is given.
     """
+    plain = is_plain_inference() and (act is None or (type(act) is nn.GELU and not is_watched(act)))
+    gelu = act.approximate if plain and act is not None else None
+    if plain and is_plain_linear(linear, x):
+        return ops.linear(x, linear.weight, linear.bias, gelu)
     y = linear(x)
-    plain = type(linear) in _ACROSS and type(act) is nn.GELU and not (is_watched(linear) or is_watched(act))
-    if plain and type(y) is Tensor and _is_plain_inference():
-        return torch.ops.aten.gelu_(y, approximate=act.approximate)
-    return act(y)
+    if gelu is not None and type(linear) is TokenLinear and not is_watched(linear):
+        return gelu_of_product(y, gelu)
+    return y if act is None else act(y)
 
 
 def linear_act_linear(fc1: nn.Module, act: nn.Module, fc2: nn.Module, x: Tensor) -> Tensor:
     """`fc2(act(fc1(x)))`, keeping the hidden layer once: for backward before the activation, in inference behind it."""
     if torch.is_grad_enabled():
         return linear_after(fc2, act, fc1(x))
-    return fc2(activated(fc1, act, x))
-
-
-def _is_plain_inference() -> bool:
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
-    return not (traced or torch.is_grad_enabled())
+    return mapped(fc2, mapped(fc1, x, act))
 
 
 def is_plain_linear(linear: nn.Module, x: Tensor) -> bool:

@@ -18,7 +18,7 @@ from allmlp.ops import (
     toeplitz_matrix,
     toeplitz_product,
 )
-from allmlp.ops.recomputing import worth_recomputing
+from allmlp.ops.execution import is_plain_training
 from allmlp.ops.resampling import Grid, resample_read, resample_written
 
 
@@ -198,7 +198,7 @@ class SpatialGatingUnit(GridBound):
         plain = mask is None and padding is None and past is None and self._is_plain()
         if act is not None:
             one_product = plain and tokens == self.tokens and not self.causal and self.weight.shape[0] == 1
-            if not (one_product and worth_recomputing(x)):
+            if not (one_product and is_plain_training(x)):
                 x, act = act(x), None
         u, v = x.chunk(2, dim=-1) if self.split else (x, x)
         if plain:

@@ -7,6 +7,7 @@ from allmlp.ops.axial_shift import (
     axial_shift_reference,
 )
 from allmlp.ops.backends import set_fused
+from allmlp.ops.linear import linear, linear_reference
 from allmlp.ops.permute_linear import permute_linear, permute_linear_reference
 from allmlp.ops.recomputing import recomputing, recomputing_linear, recomputing_linear_reference
 from allmlp.ops.spatial_gating import (
@@ -40,6 +41,8 @@ __all__ = [
     "axial_shift_linear",
     "axial_shift_linear_reference",
     "axial_shift_reference",
+    "linear",
+    "linear_reference",
     "mean_over_positions",
     "mean_over_positions_reference",
     "normalized_spatial_gating",

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from allmlp.ops.backends import Backend, autocast, takes_fused
+from allmlp.ops.backends import Backend, takes_fused
+from allmlp.ops.execution import autocast
 from allmlp.ops.recomputing import recomputing_linear
 
 Axis = Literal["height", "width"]

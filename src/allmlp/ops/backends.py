@@ -2,7 +2,7 @@
 
 import importlib.util
 import os
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -50,15 +50,6 @@ def takes_fused(operator: str, backend: Backend, *tensors: Tensor | None, unfit:
     if reason is not None:
         raise ValueError(f"backend 'triton' cannot run {operator}: {reason}")
     return True
-
-
-def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """These tensors as torch hands them to its own products: in autocast's dtype where that is on for their device."""
-    kind = next(x.device.type for x in tensors if x is not None)
-    if not torch.is_autocast_enabled(kind):
-        return tensors
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(x if x is None else x.to(dtype) for x in tensors)
 
 
 def _traced_for_elsewhere() -> bool:

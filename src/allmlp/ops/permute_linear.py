@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from allmlp.ops.axial_shift import Axis, check_axis
-from allmlp.ops.backends import Backend, autocast, takes_fused
+from allmlp.ops.backends import Backend, takes_fused
+from allmlp.ops.execution import autocast
 from allmlp.ops.recomputing import recomputing_linear
 
 

@@ -9,13 +9,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from allmlp.ops.token_linear import token_linear
+from allmlp.ops.execution import is_plain_training
+from allmlp.ops.linear import linear
+from allmlp.ops.token_linear import bias_gradient, input_gradient, token_linear, weight_gradient
 
 Across = Literal["channels", "tokens"]
-_MAPS: dict[str, Callable[..., Tensor]] = {"channels": F.linear, "tokens": token_linear}
+_MAPS: dict[str, Callable[..., Tensor]] = {"channels": linear, "tokens": token_linear}
 
 
 def recomputing_linear_reference(
@@ -49,26 +50,14 @@ def recomputing_linear(
         The map's output. Where nothing needs a gradient, and for tracing compilers and functorch, which see to memory
         in their own way, this is the plain form.
     """
-    if not worth_recomputing(*inputs, weight, bias):
+    if not is_plain_training(*inputs, weight, bias):
         return recomputing_linear_reference(across, prologue, inputs, weight, bias)
     return _RecomputingLinear.apply(across, prologue, weight, bias, *inputs)
 
 
 def recomputing(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """`function(*inputs)`, keeping nothing but `inputs` for backward; for `function` holds what does for a prologue."""
-    return _Recomputing.apply(function, *inputs) if worth_recomputing(*inputs) else function(*inputs)
-
-
-def worth_recomputing(*inputs: Tensor | None) -> bool:
-    """Whether something is kept for backward at all, by plain eager execution on a device that computes."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
-        return False
-    given = [x for x in inputs if x is not None]
-    # A symbolic trace (torch.fx) hands over placeholders.
-    if not all(isinstance(x, Tensor) for x in given):
-        return False
-    needed = torch.is_grad_enabled() and any(x.requires_grad for x in given)
-    return needed and not any(x.is_meta for x in given)
+    return _Recomputing.apply(function, *inputs) if is_plain_training(*inputs) else function(*inputs)
 
 
 class _Recomputing(torch.autograd.Function):
@@ -119,10 +108,7 @@ class _RecomputingLinear(torch.autograd.Function):
         grad_inputs: list[Tensor | None] = [None] * len(inputs)
         if any(needs):
             plain = weight.to(grad.dtype)
-            if ctx.across == "channels":
-                grad_x = torch.matmul(grad, plain)
-            else:
-                grad_x = torch.bmm(plain.t().expand(grad.shape[0], -1, -1), grad)
+            grad_x = torch.matmul(grad, plain) if ctx.across == "channels" else input_gradient(grad, plain)
             grad_inputs = _gradients(x, inputs, needs, grad_x.to(x.dtype), False)
         return None, None, grad_weight, grad_bias, *grad_inputs
 
@@ -147,12 +133,10 @@ def _parameter_gradients(
     grad_weight = grad_bias = None
     if weight is not None:
         x = x.to(grad.dtype)
-        if across == "channels":
-            grad_weight = grad.flatten(0, -2).t() @ x.flatten(0, -2)
-        else:
-            grad_weight = torch.bmm(grad, x.transpose(1, 2)).sum(0)
+        rows = (grad.flatten(0, -2), x.flatten(0, -2))
+        grad_weight = rows[0].t() @ rows[1] if across == "channels" else weight_gradient(grad, x)
         grad_weight = grad_weight.to(weight.dtype)
     if bias is not None:
-        summed = grad.flatten(0, -2).sum(0) if across == "channels" else grad.sum((0, 2))
+        summed = grad.flatten(0, -2).sum(0) if across == "channels" else bias_gradient(grad)
         grad_bias = summed.sum_to_size(bias.shape).to(bias.dtype)
     return grad_weight, grad_bias

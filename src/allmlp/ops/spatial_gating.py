@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from allmlp.ops.backends import Backend, autocast, takes_fused
-from allmlp.ops.recomputing import recomputing, recomputing_linear, worth_recomputing
+from allmlp.ops.backends import Backend, takes_fused
+from allmlp.ops.execution import autocast, is_plain_training
+from allmlp.ops.recomputing import recomputing, recomputing_linear
 from allmlp.ops.token_linear import token_linear
 
 
@@ -157,7 +158,7 @@ def normalized_spatial_gating(
         mean, rstd = token_statistics(v.detach(), norm_eps)
         return gated_product(u, v, mean, rstd, norm_weight, norm_bias, weight, bias, causal)
     if act is not None:
-        if weight.shape[0] == 1 and not causal and worth_recomputing(*tensors):
+        if weight.shape[0] == 1 and not causal and is_plain_training(*tensors):
             return _recomputing_gating(u, v, norm_weight, norm_bias, norm_eps, weight, bias, act)
         u, v = act(u), act(v)
     z = F.layer_norm(v, norm_weight.shape, norm_weight, norm_bias, norm_eps)

@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from allmlp.ops.backends import Backend, autocast, takes_fused
+from allmlp.ops.backends import Backend, takes_fused
+from allmlp.ops.execution import autocast
+from allmlp.ops.linear import linear
 
 Order = Literal["width_first", "height_first"]
 _HEIGHT, _WIDTH = -3, -2
@@ -99,7 +101,7 @@ def spatial_shift_linear(
     """
     check_order(order)
     if not takes_fused("spatial_shift_linear", backend, x, weight, bias):
-        return F.linear(spatial_shift(x, order), weight, bias)
+        return linear(spatial_shift(x, order), weight, bias)
     from allmlp.ops.kernels.shifted_linear import shifted_linear
 
     starts = [start for start, _ in _quarters(x)]

@@ -3,10 +3,14 @@
 Shape suffixes: B batch, M tokens written, N tokens read, C channels.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+
+from allmlp.ops.execution import autocast, is_plain_training
 
 
 def token_linear_reference(
@@ -39,4 +43,49 @@ def token_linear(
     if torch.compiler.is_exporting():
         # Inference engines pack the weights of linear maps, and those alone.
         return F.linear(x.transpose(1, 2), weight).transpose(1, 2) + bias.unsqueeze(-1)
+    # Autocast would cast the weight once a sample.
+    x, weight, bias = autocast(x, weight, bias)
+    if is_plain_training(x, weight, bias):
+        return _TokenLinear.apply(x, weight, bias)
+    return _product(x, weight, bias)
+
+
+def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """Of `token_linear`, given the output's gradient and the input."""
+    return torch.bmm(grad, x.transpose(1, 2)).sum(0)
+
+
+def bias_gradient(grad: Tensor) -> Tensor:
+    """Of `token_linear`, for one number a token."""
+    # In one go over both axes torch writes a bfloat16 gradient out in float32 first.
+    return grad.sum(2).sum(0)
+
+
+def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
+    """Of `token_linear`."""
+    return torch.bmm(weight.t().expand(grad.shape[0], -1, -1), grad)
+
+
+class _TokenLinear(torch.autograd.Function):
+    """Its backward consists of differentiable operations, so that gradients of any order exist."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.bias_shape = bias.shape
+        return _product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        return (
+            input_gradient(grad, weight) if needs_x else None,
+            weight_gradient(grad, x) if needs_weight else None,
+            bias_gradient(grad).sum_to_size(ctx.bias_shape) if needs_bias else None,
+        )
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.baddbmm(bias.unsqueeze(-1), weight.expand(x.shape[0], -1, -1), x)

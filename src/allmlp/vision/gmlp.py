@@ -8,7 +8,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from allmlp.layers import PatchEmbedding, SpatialGatingUnit
-from allmlp.layers.recomputing import activated
+from allmlp.layers.recomputing import mapped
 from allmlp.vision.base import VisionMLP, column_levels, depth_decayed
 from allmlp.vision.registry import register_family
 
@@ -76,8 +76,8 @@ class GMLPBlock(nn.Module):
         elif torch.is_grad_enabled():
             gated = self.sgu(self.proj_in(normed), normed, act=self.act)
         else:
-            gated = self.sgu(activated(self.proj_in, self.act, normed), normed)
-        return (tokens + self.drop_path(self.drop2(self.proj_out(gated)))).view_as(x)
+            gated = self.sgu(mapped(self.proj_in, normed, self.act), normed)
+        return (tokens + self.drop_path(self.drop2(mapped(self.proj_out, gated)))).view_as(x)
 
 
 class GMLP(VisionMLP):

@@ -57,8 +57,8 @@ class ResMLPBlock(GridBound):
 
     def forward(self, x: Float[Tensor, "batch height width channels"]) -> Float[Tensor, "batch height width channels"]:
         tokens = x.flatten(1, 2)
-        tokens = tokens + self.drop_path(self.ls1 * self.linear_tokens(self.norm1(tokens)))
-        tokens = tokens + self.drop_path(self.ls2 * self.mlp_channels(self.norm2(tokens)))
+        tokens = torch.addcmul(tokens, self.ls1, self.drop_path(self.linear_tokens(self.norm1(tokens))))
+        tokens = torch.addcmul(tokens, self.ls2, self.drop_path(self.mlp_channels(self.norm2(tokens))))
         return tokens.view_as(x)
 
     def trained_grid(self, own: Mapping[str, Tensor]) -> Grid:

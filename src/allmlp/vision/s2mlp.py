@@ -8,7 +8,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from allmlp.layers import Affine, ChannelMLP, PatchEmbedding, SpatialShift
-from allmlp.layers.recomputing import activated, is_plain_linear, is_watched
+from allmlp.layers.recomputing import is_plain_linear, is_watched, mapped
 from allmlp.ops import spatial_shift_linear
 from allmlp.vision.base import VisionMLP, column_levels, depth_decayed
 from allmlp.vision.registry import register_family
@@ -63,7 +63,7 @@ class S2MLPBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Float[Tensor, "batch height width channels"]) -> Float[Tensor, "batch height width channels"]:
-        x = x + self.drop_path(self.norm1(self._shifted(activated(self.fc1, self.act, x))))
+        x = x + self.drop_path(self.norm1(self._shifted(mapped(self.fc1, x, self.act))))
         return x + self.drop_path(self.norm2(self.mlp_channels(x)))
 
     def _shifted(self, x: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from allmlp.layers import ChannelMLP, PatchDownsampling, PatchEmbedding, SpatialShift, SplitAttention
-from allmlp.layers.recomputing import is_watched, linear_after
+from allmlp.layers.recomputing import is_watched, linear_after, mapped
 from allmlp.ops import split_attention
-from allmlp.ops.recomputing import worth_recomputing
+from allmlp.ops.execution import is_plain_training
 from allmlp.vision.base import VisionMLP, depth_decayed
 from allmlp.vision.registry import register_family
 
@@ -42,10 +42,10 @@ class S2Attention(nn.Module):
         self.proj = nn.Linear(channels, channels)
 
     def forward(self, x: Float[Tensor, "batch height width channels"]) -> Float[Tensor, "batch height width channels"]:
-        x1, x2, x3 = self.expand(x).chunk(3, dim=-1)
+        x1, x2, x3 = mapped(self.expand, x).chunk(3, dim=-1)
         branches = (self.shift1(x1), self.shift2(x2), x3)
-        if not worth_recomputing(x3) or is_watched(self.split_attention):
-            return self.proj(self.split_attention(branches))
+        if not is_plain_training(x3) or is_watched(self.split_attention):
+            return mapped(self.proj, self.split_attention(branches))
         # A branch of its own, so that backward does not keep what the other two were made of.
         branches = (*branches[:2], x3.contiguous())
         return linear_after(self.proj, _merge, *branches, self.split_attention.logits(branches))

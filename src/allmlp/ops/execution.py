@@ -1,0 +1,37 @@
+"""How torch is executing: plainly, or with something in charge that forms of our own would get in the way of."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def is_plain_inference() -> bool:
+    """Whether torch just computes: no gradients, no trace, no function transform."""
+    return not (torch.is_grad_enabled() or _is_traced())
+
+
+def is_plain_training(*inputs: Tensor | None) -> bool:
+    """Whether autograd, and nothing else, keeps something of these for backward, on a device that computes."""
+    given = [x for x in inputs if x is not None]
+    # A symbolic trace (torch.fx) hands over placeholders.
+    if _is_traced() or not all(isinstance(x, Tensor) for x in given):
+        return False
+    needed = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    return needed and not any(x.is_meta for x in given)
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """These tensors as torch hands them to its own products: in autocast's dtype where that is on for their device."""
+    kind = next((x.device.type for x in tensors if isinstance(x, Tensor)), "cpu")
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype != torch.float64 else x for x in tensors)
+
+
+def _is_traced() -> bool:
+    """Whether a compiler, an exporter, a function transform or forward-mode differentiation reads along."""
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed

@@ -1,0 +1,79 @@
+"""The linear map across channels, with the activation behind it where a product can apply it as it is stored."""
+
+from functools import cache
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from allmlp.ops.execution import autocast, is_plain_inference
+
+Gelu = Literal["none", "tanh"]
+
+
+def linear_reference(
+    x: Float[Tensor, "*batch read"],
+    weight: Float[Tensor, "written read"],
+    bias: Float[Tensor, " written"] | None = None,
+    gelu: Gelu | None = None,
+) -> Float[Tensor, "*batch written"]:
+    """`linear` in torch's two calls."""
+    y = F.linear(x, weight, bias)
+    return y if gelu is None else F.gelu(y, approximate=gelu)
+
+
+def linear(
+    x: Float[Tensor, "*batch read"],
+    weight: Float[Tensor, "written read"],
+    bias: Float[Tensor, " written"] | None = None,
+    gelu: Gelu | None = None,
+) -> Float[Tensor, "*batch written"]:
+    """`y = x Wᵀ + b`, or `GELU(x Wᵀ + b)`.
+
+    On a CPU with bfloat16 products, oneDNN adds the bias and applies the activation to the accumulated sums as it
+    stores them, where torch writes the bias out in front of the product and reads the result again behind it. That is
+    for plain execution in bfloat16 without gradients; in float32 it gains nothing (`benchmarks/rejected.py`).
+
+    Args:
+        x: any floating dtype.
+        weight: `W`.
+        bias: `b`.
+        gelu: None for no activation; `"none"` for the exact GELU, `"tanh"` for its approximation, in torch's words.
+
+    Returns:
+        A new tensor. Products accumulate in float32 for 16-bit inputs.
+    """
+    given = _given_to_onednn(x, weight, bias)
+    if given is not None:
+        after = "none" if gelu is None else "gelu"
+        return torch.ops.mkldnn._linear_pointwise(*given, after, [], gelu or "none")
+    y = F.linear(x, weight, bias)
+    return y if gelu is None else gelu_of_product(y, gelu)
+
+
+def gelu_of_product(y: Tensor, approximate: str) -> Tensor:
+    """The GELU of a product that nobody else reads: written over it in plain inference."""
+    if type(y) is Tensor and is_plain_inference():
+        return torch.ops.aten.gelu_(y, approximate=approximate)
+    return F.gelu(y, approximate=approximate)
+
+
+def _given_to_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Any, ...] | None:
+    """What oneDNN is to multiply; None where it cannot, or where somebody between expects torch's own operators."""
+    plain = all(t is None or (type(t) in (Tensor, nn.Parameter) and t.is_cpu) for t in (x, weight, bias))
+    if not (plain and is_plain_inference() and x.numel() and torch._C._len_torch_dispatch_stack() == 0):
+        return None
+    given = autocast(x, weight, bias)
+    fit = all(t is None or t.dtype == torch.bfloat16 for t in given)
+    return given if fit and torch.backends.mkldnn.enabled and _multiplies_bfloat16() else None
+
+
+@cache
+def _multiplies_bfloat16() -> bool:
+    return (
+        torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )

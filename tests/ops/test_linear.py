@@ -1,0 +1,96 @@
+"""The linear map and its GELU against torch's two calls, and when oneDNN's epilogue takes their place."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from allmlp.ops import linear, linear_reference
+from allmlp.ops.linear import _multiplies_bfloat16
+from tests.tolerances import assert_close
+
+multiplies_bfloat16 = pytest.mark.skipif(
+    not _multiplies_bfloat16(), reason="this processor or this torch has no products in bfloat16"
+)
+
+
+def _drawn(dtype: torch.dtype, *batch: int, bias: bool = True) -> list[Tensor | None]:
+    x, weight, offset = torch.randn(*batch, 24), torch.randn(40, 24) / 5, torch.randn(40)
+    return [t if t is None else t.to(dtype) for t in (x, weight, offset if bias else None)]
+
+
+@pytest.fixture
+def stored(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What every call of oneDNN's product had in its epilogue."""
+    found: list[str] = []
+    operator = torch.ops.mkldnn._linear_pointwise
+
+    def recorded(x: Tensor, weight: Tensor, bias: Tensor | None, after: str, *rest: object) -> Tensor:
+        found.append(after)
+        return operator(x, weight, bias, after, *rest)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", recorded)
+    return found
+
+
+@pytest.mark.parametrize("gelu", [None, "none", "tanh"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("batch", [(), (1,), (7,), (2, 3, 5)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_against_two_calls(dtype: torch.dtype, batch: tuple[int, ...], bias: bool, gelu: str | None) -> None:
+    given = _drawn(dtype, *batch, bias=bias)
+    exact = [t if t is None else t.double() for t in given]
+    with torch.no_grad():
+        out = linear(*given, gelu)
+    assert out.dtype == dtype
+    assert out.is_contiguous()
+    assert_close(out, linear_reference(*exact, gelu))
+    assert_close(linear(*given, gelu), linear_reference(*exact, gelu))
+
+
+@multiplies_bfloat16
+def test_strided_operands_in_bfloat16(stored: list[str]) -> None:
+    x, weight, bias = _drawn(torch.bfloat16, 6, 5)
+    with torch.no_grad():
+        out = linear(x.transpose(0, 1), weight.t().contiguous().t(), bias, "none")
+        half = linear(torch.cat((x, x), -1)[..., :24], weight, bias)
+    assert stored == ["gelu", "none"]
+    assert_close(out, linear_reference(x.transpose(0, 1).double(), weight.double(), bias.double(), "none"))
+    assert_close(half, linear_reference(x.double(), weight.double(), bias.double()))
+
+
+@multiplies_bfloat16
+def test_no_samples(stored: list[str]) -> None:
+    with torch.no_grad():
+        assert linear(*_drawn(torch.bfloat16, 0), "none").shape == (0, 40)
+    assert not stored
+
+
+@multiplies_bfloat16
+def test_under_autocast(stored: list[str]) -> None:
+    given = _drawn(torch.float32, 7)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        out = linear(*given, "none")
+    assert stored == ["gelu"]
+    assert out.dtype == torch.bfloat16
+    assert_close(out, linear_reference(*given, "none"))
+
+
+@multiplies_bfloat16
+@pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN:UserWarning")
+def test_torchs_own_operators_where_they_are_expected(stored: list[str], unchecked: None) -> None:
+    x, weight, bias = _drawn(torch.bfloat16, 7)
+    linear(x, weight.requires_grad_(), bias, "none").sum().backward()
+    weight.requires_grad_(False)
+    with torch.no_grad():
+        with FlopCounterMode(display=False) as flops:
+            linear(x, weight, bias)
+        assert flops.get_total_flops() == 2 * 7 * 24 * 40
+        torch.func.vmap(lambda row: linear(row, weight, bias))(x)
+        with torch.backends.mkldnn.flags(enabled=False):
+            linear(x, weight, bias)
+        compiled = torch.compile(lambda x: linear(x, weight, bias, "none"), backend="eager", fullgraph=True)
+        assert torch.equal(compiled(x), F.gelu(F.linear(x, weight, bias)))
+        linear(x.float(), weight.float(), bias.float())
+    assert not stored
