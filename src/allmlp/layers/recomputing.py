@@ -1,6 +1,7 @@
 """When a layer may keep less, for backward and in inference, or leave what its parts compute to one operator."""
 
 from collections.abc import Callable
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +29,9 @@ def linear_after(linear: nn.Module, prologue: Callable[..., Tensor], *inputs: Te
     """
     across = _ACROSS.get(type(linear))
     if across is None or is_watched(linear) or not all(isinstance(x, Tensor) for x in inputs):
-        return linear(prologue(*inputs))
+        return mapped(linear, prologue(*inputs))
     if not is_plain_training(*inputs, linear.weight, linear.bias):  # type: ignore[arg-type]
-        return linear(prologue(*inputs))
+        return mapped(linear, prologue(*inputs))
     return recomputing_linear(across, prologue, inputs, linear.weight, linear.bias)  # type: ignore[arg-type]
 
 
@@ -45,7 +46,7 @@ def mapped(linear: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor
     plain = is_plain_inference() and (act is None or (type(act) is nn.GELU and not is_watched(act)))
     gelu = act.approximate if plain and act is not None else None
     if plain and is_plain_linear(linear, x):
-        return ops.linear(x, linear.weight, linear.bias, gelu)
+        return ops.linear(x, linear.weight, linear.bias, gelu)  # type: ignore[arg-type]  (nn.GELU says str)
     y = linear(x)
     if gelu is not None and type(linear) is TokenLinear and not is_watched(linear):
         return gelu_of_product(y, gelu)
@@ -59,7 +60,7 @@ def linear_act_linear(fc1: nn.Module, act: nn.Module, fc2: nn.Module, x: Tensor)
     return mapped(fc2, mapped(fc1, x, act))
 
 
-def is_plain_linear(linear: nn.Module, x: Tensor) -> bool:
+def is_plain_linear(linear: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
     """Whether nobody notices if an operator reads the parameters of `linear` and computes what `linear` would of `x`.
 
     It is an `nn.Linear` and no adapter or quantised layer, no hook watches it, and `x` is no placeholder of a trace.
