@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from allmlp.ops import recomputing, recomputing_linear, recomputing_linear_reference
+from allmlp.ops import recomputing_linear, recomputing_linear_reference
 from tests.tolerances import assert_close
 
 PROLOGUES: dict[str, Callable[..., Tensor]] = {
@@ -78,18 +78,11 @@ def test_under_autocast(across: str) -> None:
         assert_close((got / expected.abs().max()).bfloat16(), expected / expected.abs().max())
 
 
-def test_function_alone() -> None:
-    inputs = _inputs("product")
-    assert torch.autograd.gradcheck(lambda *x: recomputing(PROLOGUES["product"], *x), inputs)
-    assert torch.autograd.gradgradcheck(lambda *x: recomputing(PROLOGUES["product"], *x), inputs)
-
-
 def test_nothing_but_inputs_and_parameters_is_kept() -> None:
     x, (weight, bias) = torch.randn(4, 5, 6, dtype=torch.float64, requires_grad=True), _parameters("channels")
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         recomputing_linear("channels", F.gelu, (x,), weight, bias)
-        recomputing(F.gelu, x)
     assert {tensor.data_ptr() for tensor in kept} == {tensor.data_ptr() for tensor in (x, weight, bias)}
 
 

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from allmlp.layers.recomputing import is_watched
 from allmlp.layers.resampling import GridBound
 from allmlp.ops import (
+    activated_spatial_gating,
     apply_gate,
     normalized_spatial_gating,
     spatial_gating,
     toeplitz_matrix,
     toeplitz_product,
 )
-from allmlp.ops.execution import is_plain_training
 from allmlp.ops.resampling import Grid, resample_read, resample_written
 
 
@@ -196,19 +196,17 @@ class SpatialGatingUnit(GridBound):
         if not self.toeplitz and tokens > self.tokens:
             raise ValueError(f"the input has {tokens} tokens, the spatial gating unit takes at most {self.tokens}")
         plain = mask is None and padding is None and past is None and self._is_plain()
+        weight, bias = self.weight, self.bias
+        if plain:
+            weight, bias = _leading(weight, tokens, 1, 2), _leading(bias, tokens, 1)
+        norm = self.norm
         if act is not None:
-            one_product = plain and tokens == self.tokens and not self.causal and self.weight.shape[0] == 1
-            if not (one_product and is_plain_training(x)):
-                x, act = act(x), None
+            if plain and self.split and not self.causal and weight.shape[0] == 1:
+                return activated_spatial_gating(x, norm.weight, norm.bias, norm.eps, weight[0], bias[0], act)
+            x = act(x)
         u, v = x.chunk(2, dim=-1) if self.split else (x, x)
         if plain:
-            weight, bias = self.weight, self.bias
-            if act is None:
-                weight, bias = _leading(weight, tokens, 1, 2), _leading(bias, tokens, 1)
-            norm = self.norm
-            return normalized_spatial_gating(
-                u, v, norm.weight, norm.bias, norm.eps, weight, bias, causal=self.causal, act=act
-            )
+            return normalized_spatial_gating(u, v, norm.weight, norm.bias, norm.eps, weight, bias, causal=self.causal)
         v = self.norm(v)
         if padding is not None:
             v = v * padding.unsqueeze(-1)

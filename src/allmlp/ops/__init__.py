@@ -9,8 +9,10 @@ from allmlp.ops.axial_shift import (
 from allmlp.ops.backends import set_fused
 from allmlp.ops.linear import linear, linear_reference
 from allmlp.ops.permute_linear import permute_linear, permute_linear_reference
-from allmlp.ops.recomputing import recomputing, recomputing_linear, recomputing_linear_reference
+from allmlp.ops.recomputing import recomputing_linear, recomputing_linear_reference
 from allmlp.ops.spatial_gating import (
+    activated_spatial_gating,
+    activated_spatial_gating_reference,
     apply_gate,
     normalized_spatial_gating,
     normalized_spatial_gating_reference,
@@ -36,6 +38,8 @@ from allmlp.ops.token_linear import token_linear, token_linear_reference
 from allmlp.ops.token_shift import token_shift
 
 __all__ = [
+    "activated_spatial_gating",
+    "activated_spatial_gating_reference",
     "apply_gate",
     "axial_shift",
     "axial_shift_linear",
@@ -51,7 +55,6 @@ __all__ = [
     "permute_linear_reference",
     "pool_branches",
     "pool_branches_reference",
-    "recomputing",
     "recomputing_linear",
     "recomputing_linear_reference",
     "set_fused",

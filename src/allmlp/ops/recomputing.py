@@ -55,29 +55,19 @@ def recomputing_linear(
     return _RecomputingLinear.apply(across, prologue, weight, bias, *inputs)
 
 
-def recomputing(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """`function(*inputs)`, keeping nothing but `inputs` for backward; for `function` holds what does for a prologue."""
-    return _Recomputing.apply(function, *inputs) if is_plain_training(*inputs) else function(*inputs)
+def autocast_state(x: Tensor) -> tuple[str, torch.dtype, bool]:
+    """What `torch.autocast` is given to be again in backward as it was in forward."""
+    device = x.device.type
+    return device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
 
 
-class _Recomputing(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        ctx.function, ctx.autocast = function, _autocast_state(inputs[0])
-        ctx.save_for_backward(*inputs)
-        return function(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        (grad,) = grads
-        # With gradients on, gradients of these gradients are wanted: autograd then records the inputs' own graph.
-        again, needs = torch.is_grad_enabled(), ctx.needs_input_grad[1:]
-        inputs = ctx.saved_tensors
-        with torch.enable_grad(), torch.autocast(*ctx.autocast):
-            if not again:
-                inputs = [x.detach().requires_grad_(need) for x, need in zip(inputs, needs, strict=True)]
-            output = ctx.function(*inputs)
-            return None, *_gradients(output, inputs, needs, grad, again)
+def gradients(
+    output: Tensor, inputs: Sequence[Tensor], needs: Sequence[bool], grad: Tensor, *, create_graph: bool = False
+) -> list[Tensor | None]:
+    """Those of the inputs that need one, None for the others."""
+    wanted = [x for x, need in zip(inputs, needs, strict=True) if need]
+    found = iter(torch.autograd.grad(output, wanted, grad, create_graph=create_graph))
+    return [next(found) if need else None for need in needs]
 
 
 class _RecomputingLinear(torch.autograd.Function):
@@ -85,7 +75,7 @@ class _RecomputingLinear(torch.autograd.Function):
     def forward(
         ctx: Any, across: Across, prologue: Callable[..., Tensor], weight: Tensor, bias: Tensor | None, *inputs: Tensor
     ) -> Tensor:
-        ctx.across, ctx.prologue, ctx.autocast = across, prologue, _autocast_state(inputs[0])
+        ctx.across, ctx.prologue, ctx.autocast = across, prologue, autocast_state(inputs[0])
         ctx.save_for_backward(weight, bias, *inputs)
         return recomputing_linear_reference(across, prologue, inputs, weight, bias)
 
@@ -99,7 +89,8 @@ class _RecomputingLinear(torch.autograd.Function):
         with torch.enable_grad(), torch.autocast(*ctx.autocast):
             if again:
                 output = recomputing_linear_reference(ctx.across, ctx.prologue, inputs, weight, bias)
-                return None, None, *_gradients(output, ctx.saved_tensors, ctx.needs_input_grad[2:], grad, True)
+                every = ctx.needs_input_grad[2:]
+                return None, None, *gradients(output, ctx.saved_tensors, every, grad, create_graph=True)
             inputs = [x.detach().requires_grad_(need) for x, need in zip(inputs, needs, strict=True)]
             x = ctx.prologue(*inputs)
         grad_weight, grad_bias = _parameter_gradients(
@@ -109,21 +100,8 @@ class _RecomputingLinear(torch.autograd.Function):
         if any(needs):
             plain = weight.to(grad.dtype)
             grad_x = torch.matmul(grad, plain) if ctx.across == "channels" else input_gradient(grad, plain)
-            grad_inputs = _gradients(x, inputs, needs, grad_x.to(x.dtype), False)
+            grad_inputs = gradients(x, inputs, needs, grad_x.to(x.dtype))
         return None, None, grad_weight, grad_bias, *grad_inputs
-
-
-def _autocast_state(x: Tensor) -> tuple[str, torch.dtype, bool]:
-    device = x.device.type
-    return device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-
-
-def _gradients(
-    output: Tensor, inputs: Sequence[Tensor], needs: Sequence[bool], grad: Tensor, create_graph: bool
-) -> list[Tensor | None]:
-    wanted = [x for x, need in zip(inputs, needs, strict=True) if need]
-    found = iter(torch.autograd.grad(output, wanted, grad, create_graph=create_graph))
-    return [next(found) if need else None for need in needs]
 
 
 def _parameter_gradients(

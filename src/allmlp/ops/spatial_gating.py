@@ -4,6 +4,7 @@ Shape suffixes: B batch, M tokens written, N tokens read, H spatial heads, E gat
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +13,8 @@ from torch import Tensor
 
 from allmlp.ops.backends import Backend, takes_fused
 from allmlp.ops.execution import autocast, is_plain_training
-from allmlp.ops.recomputing import recomputing, recomputing_linear
-from allmlp.ops.token_linear import token_linear
+from allmlp.ops.recomputing import autocast_state, gradients
+from allmlp.ops.token_linear import bias_gradient, input_gradient, token_linear, weight_gradient
 
 
 def spatial_gating_reference(
@@ -103,11 +104,8 @@ def normalized_spatial_gating_reference(
     bias: Float[Tensor, " heads #written"],
     *,
     causal: bool = False,
-    act: Callable[[Tensor], Tensor] | None = None,
 ) -> Float[Tensor, "batch written channels"]:
     """`normalized_spatial_gating` written from its equation."""
-    if act is not None:
-        u, v = act(u), act(v)
     centred = v - v.mean(-1, keepdim=True)
     z = centred / (centred.square().mean(-1, keepdim=True) + norm_eps).sqrt() * norm_weight + norm_bias
     return spatial_gating_reference(u, z, weight.tril() if causal else weight, bias)
@@ -123,10 +121,9 @@ def normalized_spatial_gating(
     bias: Float[Tensor, " heads #written"],
     *,
     causal: bool = False,
-    act: Callable[[Tensor], Tensor] | None = None,
     backend: Backend = "auto",
 ) -> Float[Tensor, "batch written channels"]:
-    r"""The whole spatial gating unit, `act(u) ⊙ (W·LN(act(v)) + b)` (gMLP, section 2.1), heads as in `spatial_gating`.
+    r"""The whole spatial gating unit, `u ⊙ (W·LN(v) + b)` (gMLP, section 2.1), heads as in `spatial_gating`.
 
     Args:
         u: what is gated.
@@ -138,8 +135,6 @@ def normalized_spatial_gating(
         bias: `b`; one number for all tokens is enough.
         causal: read tokens `j ≤ i` only. The fused form leaves out the tiles above the diagonal, half of the work, and
             makes no triangular copy of `W`.
-        act: an activation, element by element, that `u` and `v` are still to be given; where nothing but one dense
-            product stands between them, backward keeps them in place of what it makes of them.
         backend: which form runs; see `ops.set_fused`.
 
     Returns:
@@ -152,34 +147,110 @@ def normalized_spatial_gating(
     if takes_fused("normalized_spatial_gating", backend, *tensors):
         from allmlp.ops.kernels.spatial_gating import gated_product, token_statistics
 
-        if act is not None:
-            u, v = act(u), act(v)
         u, v, weight, bias = autocast(u, v, weight, bias)
         mean, rstd = token_statistics(v.detach(), norm_eps)
         return gated_product(u, v, mean, rstd, norm_weight, norm_bias, weight, bias, causal)
-    if act is not None:
-        if weight.shape[0] == 1 and not causal and is_plain_training(*tensors):
-            return _recomputing_gating(u, v, norm_weight, norm_bias, norm_eps, weight, bias, act)
-        u, v = act(u), act(v)
     z = F.layer_norm(v, norm_weight.shape, norm_weight, norm_bias, norm_eps)
     return spatial_gating(u, z, weight.tril() if causal else weight, bias)
 
 
-def _recomputing_gating(
-    u: Tensor,
-    v: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
+def activated_spatial_gating_reference(
+    x: Float[Tensor, "batch tokens two_channels"],
+    norm_weight: Float[Tensor, " channels"],
+    norm_bias: Float[Tensor, " channels"],
     norm_eps: float,
-    weight: Tensor,
-    bias: Tensor,
-    act: Callable[[Tensor], Tensor],
-) -> Tensor:
-    """The torch form that keeps nothing but `u`, `v` and the gate between the products."""
+    weight: Float[Tensor, "tokens tokens"],
+    bias: Float[Tensor, " #tokens"],
+    act: Callable[[Tensor], Tensor] = F.gelu,
+) -> Float[Tensor, "batch tokens channels"]:
+    """`activated_spatial_gating` with everything kept."""
+    u, v = act(x).chunk(2, dim=-1)
+    return normalized_spatial_gating(u, v, norm_weight, norm_bias, norm_eps, weight[None], bias[None])
 
-    # A half is a strided view, on which the CPU's activations take twice as long as on a copy and its making.
-    def normalized(v: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> Tensor:
-        return F.layer_norm(act(v.contiguous()), norm_weight.shape, norm_weight, norm_bias, norm_eps)
 
-    gate = recomputing_linear("tokens", normalized, (v, norm_weight, norm_bias), weight[0], bias[0])
-    return recomputing(lambda u, gate: act(u.contiguous()) * gate, u, gate)
+def activated_spatial_gating(
+    x: Float[Tensor, "batch tokens two_channels"],
+    norm_weight: Float[Tensor, " channels"],
+    norm_bias: Float[Tensor, " channels"],
+    norm_eps: float,
+    weight: Float[Tensor, "tokens tokens"],
+    bias: Float[Tensor, " #tokens"],
+    act: Callable[[Tensor], Tensor] = F.gelu,
+) -> Float[Tensor, "batch tokens channels"]:
+    r"""The spatial gating unit with one head and the activation in front of it: `u ⊙ (W·LN(v) + b)`, `(u, v) = act(x)`.
+
+    Backward keeps `x` and the gate, and writes the gradients of both halves where that of `x` will be.
+
+    Args:
+        x: a block's expansion.
+        norm_weight: the layer norm's scale.
+        norm_bias: the layer norm's shift.
+        norm_eps: the layer norm's epsilon.
+        weight: `W`, row = token written, column = token read.
+        bias: `b`; one number for all tokens is enough.
+        act: an activation, element by element.
+
+    Returns:
+        The gated tensor, as wide as a half. Where nothing is kept for backward, for what reads along, and where
+        `normalized_spatial_gating` takes its fused form, this is the plain form.
+    """
+    tensors = (x, norm_weight, norm_bias, weight, bias)
+    if is_plain_training(*tensors) and not takes_fused("normalized_spatial_gating", "auto", *tensors):
+        return _ActivatedGating.apply(act, norm_eps, *tensors)
+    return activated_spatial_gating_reference(x, norm_weight, norm_bias, norm_eps, weight, bias, act)
+
+
+class _ActivatedGating(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        act: Callable[[Tensor], Tensor],
+        norm_eps: float,
+        x: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+    ) -> Tensor:
+        ctx.act, ctx.norm_eps, ctx.autocast = act, norm_eps, autocast_state(x)
+        u, v = act(x).chunk(2, dim=-1)
+        gate = token_linear(F.layer_norm(v, norm_weight.shape, norm_weight, norm_bias, norm_eps), weight, bias)
+        ctx.save_for_backward(x, norm_weight, norm_bias, weight, bias, gate)
+        return u * gate
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        *given, gate = ctx.saved_tensors
+        x, norm_weight, norm_bias, weight, bias = given
+        needs = ctx.needs_input_grad[2:]
+        needs_x, _, _, needs_weight, needs_bias = needs
+        # With gradients on, gradients of these gradients are wanted: autograd then records the plain form's graph.
+        again = torch.is_grad_enabled()
+        with torch.enable_grad(), torch.autocast(*ctx.autocast):
+            if again:
+                out = activated_spatial_gating_reference(x, norm_weight, norm_bias, ctx.norm_eps, weight, bias, ctx.act)
+                return None, None, *gradients(out, given, needs, grad, create_graph=True)
+            x = x.detach().requires_grad_(needs_x)
+            activated = ctx.act(x)
+            u, v = activated.detach().chunk(2, dim=-1)
+            # The half is a strided view, which the norm and its backward would each copy.
+            v, scale, shift = normed = [
+                t.detach().requires_grad_(need)
+                for t, need in zip((v.contiguous(), norm_weight, norm_bias), needs[:3], strict=True)
+            ]
+            z = F.layer_norm(v, scale.shape, scale, shift, ctx.norm_eps)
+        grad_gate = grad * u
+        grad_weight = weight_gradient(grad_gate, z.detach().to(grad_gate.dtype)) if needs_weight else None
+        grad_bias = bias_gradient(grad_gate).sum_to_size(bias.shape) if needs_bias else None
+        grad_x = grad_v = grad_scale = grad_shift = None
+        if any(needs[:3]):
+            grad_z = input_gradient(grad_gate, weight.to(grad_gate.dtype)).to(z.dtype)
+            grad_v, grad_scale, grad_shift = gradients(z, normed, needs[:3], grad_z)
+        if grad_v is not None:
+            grad_activated = torch.empty_like(activated)
+            grad_u, rest = grad_activated.chunk(2, dim=-1)
+            torch.mul(grad, gate, out=grad_u)
+            rest.copy_(grad_v)
+            (grad_x,) = torch.autograd.grad(activated, x, grad_activated)
+        return None, None, grad_x, grad_scale, grad_shift, grad_weight, grad_bias

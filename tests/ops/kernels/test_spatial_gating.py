@@ -5,7 +5,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from allmlp.ops import normalized_spatial_gating, normalized_spatial_gating_reference
+from allmlp.ops import (
+    activated_spatial_gating,
+    backends,
+    normalized_spatial_gating,
+    normalized_spatial_gating_reference,
+)
 from allmlp.ops.kernels import spatial_gating as kernels
 from allmlp.ops.kernels.spatial_gating import Blocks
 from tests.ops.kernels.parity import DEVICE, DTYPES, assert_matches
@@ -117,8 +122,14 @@ def test_the_weights_upper_triangle_is_neither_read_nor_given_a_gradient(small_t
     assert grad_v.isfinite().all()
 
 
-def test_an_activation_comes_first(small_tiles) -> None:
-    check(inputs(2, 5, 5, 6, 1), torch.float32, act=torch.tanh)
+def test_the_unit_with_its_activation_takes_it_where_it_is_on(small_tiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    u, v, norm_weight, norm_bias, weight, bias = (x.to(DEVICE).requires_grad_() for x in inputs(2, 5, 5, 6, 1))
+    given = (torch.cat((u, v), -1), norm_weight, norm_bias, 1e-5, weight[0], bias[0], torch.tanh)
+    expected = activated_spatial_gating(*given)
+    monkeypatch.setattr(backends, "_fused", True)
+    out = activated_spatial_gating(*given)
+    assert "gated_product" in repr(out.grad_fn)
+    assert_close(out, expected.double())
 
 
 def test_only_the_gradients_asked_for_are_computed(small_tiles, monkeypatch: pytest.MonkeyPatch) -> None:
