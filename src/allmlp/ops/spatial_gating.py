@@ -177,7 +177,7 @@ def activated_spatial_gating(
     bias: Float[Tensor, " #tokens"],
     act: Callable[[Tensor], Tensor] = F.gelu,
 ) -> Float[Tensor, "batch tokens channels"]:
-    r"""The spatial gating unit with one head and the activation in front of it: `u ⊙ (W·LN(v) + b)`, `(u, v) = act(x)`.
+    """The spatial gating unit with one head and the activation in front of it: `u ⊙ (W·LN(v) + b)`, `(u, v) = act(x)`.
 
     Backward keeps `x` and the gate, and writes the gradients of both halves where that of `x` will be.
 

@@ -132,8 +132,10 @@ class _SpatialShift(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, order: str, adjoint: bool) -> Tensor:
         out = torch.empty_like(x)
-        for (start, stop), (axis, step) in zip(_quarters(x), _GROUPS[order], strict=True):
-            source, target, size = x[..., start:stop], out[..., start:stop], x.shape[axis]
+        widths = [stop - start for start, stop in _quarters(x)]
+        quarters = zip(x.split(widths, -1), out.split(widths, -1), _GROUPS[order], strict=True)
+        for source, target, (axis, step) in quarters:
+            size = x.shape[axis]
             if adjoint:
                 step = -step
             target.narrow(axis, max(step, 0), size - 1).copy_(source.narrow(axis, max(-step, 0), size - 1))
