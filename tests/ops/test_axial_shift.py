@@ -5,8 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.backends.debugging import aot_eager
 from torch.autograd import gradcheck, gradgradcheck
 
+from allmlp.layers import AxialShift
 from allmlp.ops import axial_shift, axial_shift_linear, axial_shift_linear_reference, axial_shift_reference
 
 AXES = ("height", "width")
@@ -111,6 +113,34 @@ def test_function_transforms() -> None:
             [torch.func.grad(lambda x: axial_shift_reference(x, 3, "height").square().sum())(sample) for sample in x]
         ),
     )
+
+
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiled(dtype, axis, unchecked) -> None:
+    graphs: list[str] = []
+
+    def backend(graph, inputs):
+        graphs.append(graph.code)
+        return aot_eager(graph, inputs)
+
+    compiled = torch.compile(lambda x: axial_shift(x.sin(), 3, axis), backend=backend, fullgraph=True, dynamic=True)
+    for height in (5, 2):
+        x = torch.randn(2, height, 4, 7, dtype=dtype, requires_grad=True)
+        out, expected = compiled(x), axial_shift(x.sin(), 3, axis)
+        assert torch.equal(out, expected)
+        upstream = torch.randn_like(out)
+        assert torch.equal(*(torch.autograd.grad(y, x, upstream)[0] for y in (out, expected)))
+    assert ("allmlp.axial_shift" in graphs[0]) == (dtype == torch.bfloat16)
+    exported = torch.export.export(AxialShift(7, 3).to(dtype), (x.detach(),))
+    assert "allmlp" not in str(exported.graph)
+
+
+# torch's own check looks at the gradient of a tensor that has none.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_operator() -> None:
+    x = torch.randn(2, 3, 4, 7, requires_grad=True)
+    torch.library.opcheck(torch.ops.allmlp.axial_shift.default, (x, 3, "width", 1))
 
 
 @pytest.mark.parametrize("axis", AXES)

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from allmlp.ops import token_linear
-from allmlp.ops.execution import autocast, is_plain_inference, is_plain_training
+from allmlp.ops.execution import autocast, is_compiled, is_compiled_inference, is_plain_inference, is_plain_training
 
 
 def test_gradients_decide_between_the_two() -> None:
@@ -35,6 +35,26 @@ def test_whatever_reads_along_is_not_plain() -> None:
     assert found == [False, False, False]
 
 
+def test_what_a_compiler_makes_runs_here_unless_it_is_exported_or_transformed() -> None:
+    found = []
+
+    class Look(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            found.append((is_compiled(), is_compiled_inference()))
+            return x.sin()
+
+    x = torch.zeros(2, 2)
+    Look()(x)
+    torch.compile(Look(), backend="eager")(x)
+    with torch.no_grad():
+        torch.compile(Look(), backend="eager")(x)
+        torch.compile(torch.func.vmap(Look()), backend="eager")(x)
+        torch.export.export(Look(), (x,))
+    assert found == [(False, False), (True, False), (True, True), (False, False), (False, False)]
+
+
+# torch itself scripts its decompositions for forward derivatives.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
 def test_forward_mode_differentiates_token_mixing() -> None:
     x, tangent, weight = torch.randn(2, 3, 4), torch.randn(2, 3, 4), torch.randn(5, 3, requires_grad=True)
     with forward_ad.dual_level():

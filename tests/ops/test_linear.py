@@ -7,17 +7,26 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from allmlp.ops import linear, linear_reference
-from allmlp.ops.linear import _multiplies_bfloat16
+from allmlp.ops.linear import _MULTIPLIES_BFLOAT16
 from tests.tolerances import assert_close
 
 multiplies_bfloat16 = pytest.mark.skipif(
-    not _multiplies_bfloat16(), reason="this processor or this torch has no products in bfloat16"
+    not _MULTIPLIES_BFLOAT16, reason="this processor or this torch has no products in bfloat16"
 )
 
 
 def _drawn(dtype: torch.dtype, *batch: int, bias: bool = True) -> list[Tensor | None]:
     x, weight, offset = torch.randn(*batch, 24), torch.randn(40, 24) / 5, torch.randn(40)
     return [t if t is None else t.to(dtype) for t in (x, weight, offset if bias else None)]
+
+
+class _Map(torch.nn.Module):
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.weight, self.bias = torch.nn.Parameter(weight), torch.nn.Parameter(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias, "none")
 
 
 @pytest.fixture
@@ -90,7 +99,32 @@ def test_torchs_own_operators_where_they_are_expected(stored: list[str], uncheck
         torch.func.vmap(lambda row: linear(row, weight, bias))(x)
         with torch.backends.mkldnn.flags(enabled=False):
             linear(x, weight, bias)
-        compiled = torch.compile(lambda x: linear(x, weight, bias, "none"), backend="eager", fullgraph=True)
-        assert torch.equal(compiled(x), F.gelu(F.linear(x, weight, bias)))
+        mapped_rows = torch.compile(torch.func.vmap(lambda row: linear(row, weight, bias)), backend="eager")
+        mapped_rows(x)
+        exported = torch.export.export(_Map(weight, bias), (x,))
+        assert "allmlp" not in str(exported.graph)
+        exported.module()(x)
         linear(x.float(), weight.float(), bias.float())
+    compiled = torch.compile(_Map(weight, bias), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), F.gelu(F.linear(x, weight, bias)))
     assert not stored
+
+
+@multiplies_bfloat16
+@pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN:UserWarning")
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiled(stored: list[str], unchecked: None, autocast: bool) -> None:
+    x, weight, bias = _drawn(torch.float32 if autocast else torch.bfloat16, 2, 7)
+    compiled = torch.compile(_Map(weight, bias), backend="aot_eager", fullgraph=True, dynamic=True)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out, longer = compiled(x), compiled(torch.cat((x, x)))
+        assert stored == ["gelu", "gelu"]
+        assert out.dtype == torch.bfloat16
+        assert torch.equal(out, linear(x, weight, bias, "none"))
+        assert torch.equal(longer, torch.cat((out, out)))
+
+
+@multiplies_bfloat16
+@pytest.mark.parametrize("bias", [True, False])
+def test_operator(bias: bool) -> None:
+    torch.library.opcheck(torch.ops.allmlp.linear.default, (*_drawn(torch.bfloat16, 2, 7, bias=bias), "tanh"))

@@ -9,7 +9,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from allmlp import ops
 from allmlp.layers.token_linear import TokenLinear
-from allmlp.ops.execution import is_plain_inference, is_plain_training
+from allmlp.ops.execution import is_compiled_inference, is_plain_inference, is_plain_training
 from allmlp.ops.linear import gelu_of_product
 from allmlp.ops.recomputing import Across, recomputing_linear
 
@@ -36,16 +36,17 @@ def linear_after(linear: nn.Module, prologue: Callable[..., Tensor], *inputs: Te
 
 
 def mapped(linear: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
-    """`linear(x)`, or `act(linear(x))`; in plain inference a GELU is applied where the output lies (see `ops.linear`).
+    """`linear(x)`, or `act(linear(x))`; in inference a GELU is applied where the output lies (see `ops.linear`).
 
     Args:
         linear: the layer; one that is no plain `nn.Linear` or `TokenLinear`, or is watched, is called as it is.
         x: what it is given.
         act: the activation; one that is no `nn.GELU`, or is watched, is called as it is.
     """
-    plain = is_plain_inference() and (act is None or (type(act) is nn.GELU and not is_watched(act)))
-    gelu = act.approximate if plain and act is not None else None
-    if plain and is_plain_linear(linear, x):
+    alone = is_plain_inference() or is_compiled_inference()
+    fits = alone and (act is None or (type(act) is nn.GELU and not is_watched(act)))
+    gelu = act.approximate if fits and act is not None else None
+    if fits and is_plain_linear(linear, x):
         return ops.linear(x, linear.weight, linear.bias, gelu)  # type: ignore[arg-type]  (nn.GELU says str)
     y = linear(x)
     if gelu is not None and type(linear) is TokenLinear and not is_watched(linear):

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from allmlp.ops.backends import Backend, takes_fused
-from allmlp.ops.execution import autocast
+from allmlp.ops.execution import autocast, is_compiled
 from allmlp.ops.recomputing import recomputing_linear
 
 Axis = Literal["height", "width"]
@@ -50,6 +50,9 @@ def axial_shift(
     check_axis(axis)
     check_shift_size(shift_size)
     if torch.compiler.is_compiling():
+        # Fused into what reads 16-bit slices, the norm and the activation in front are computed again for each of them.
+        if x.device.type == "cpu" and x.element_size() == 2 and is_compiled():
+            return torch.ops.allmlp.axial_shift(x, shift_size, axis, 1)
         return axial_shift_reference(x, shift_size, axis)
     return _AxialShift.apply(x, shift_size, axis, 1)
 
@@ -125,29 +128,29 @@ def _groups(x: Tensor, shift_size: int) -> list[tuple[int, int]]:
     return [(start, min(start + width, channels)) for start in range(0, channels, width)]
 
 
-class _AxialShift(torch.autograd.Function):
-    """The shift with its offsets times `sign`; the derivative of a zero-filled shift is the opposite shift.
+def _shift(x: Tensor, shift_size: int, axis: str, sign: int) -> Tensor:
+    """The shift with its offsets times `sign`; every element is written once."""
+    dim = _AXES[axis]
+    size = x.shape[dim]
+    out = torch.empty_like(x)
+    for group, (start, stop) in enumerate(_groups(x, shift_size)):
+        offset = sign * (group - shift_size // 2)
+        source, target = x[..., start:stop], out[..., start:stop]
+        moved = min(abs(offset), size)
+        kept = size - moved
+        target.narrow(dim, moved if offset > 0 else 0, kept).copy_(source.narrow(dim, 0 if offset > 0 else moved, kept))
+        target.narrow(dim, 0 if offset > 0 else kept, moved).zero_()
+    return out
 
-    Every element is written once, where autograd through slices would fill and add whole maps.
+
+class _AxialShift(torch.autograd.Function):
+    """The derivative of a zero-filled shift is the opposite shift.
+
+    Autograd through slices would fill and add whole maps.
     """
 
     generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, shift_size: int, axis: str, sign: int) -> Tensor:
-        dim = _AXES[axis]
-        size = x.shape[dim]
-        out = torch.empty_like(x)
-        for group, (start, stop) in enumerate(_groups(x, shift_size)):
-            offset = sign * (group - shift_size // 2)
-            source, target = x[..., start:stop], out[..., start:stop]
-            moved = min(abs(offset), size)
-            kept = size - moved
-            target.narrow(dim, moved if offset > 0 else 0, kept).copy_(
-                source.narrow(dim, 0 if offset > 0 else moved, kept)
-            )
-            target.narrow(dim, 0 if offset > 0 else kept, moved).zero_()
-        return out
+    forward = staticmethod(_shift)
 
     @staticmethod
     def setup_context(ctx, inputs: tuple[Tensor, int, str, int], output: Tensor) -> None:
@@ -160,3 +163,17 @@ class _AxialShift(torch.autograd.Function):
     @staticmethod
     def jvp(ctx, tangent: Tensor, shift_size: None, axis: None, sign: None) -> Tensor:
         return _AxialShift.apply(tangent, ctx.shift_size, ctx.axis, ctx.sign)
+
+
+def _keep_shift(ctx, inputs: tuple[Tensor, int, str, int], output: Tensor) -> None:
+    _, ctx.shift_size, ctx.axis, ctx.sign = inputs
+
+
+def _shift_back(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    return torch.ops.allmlp.axial_shift(grad, ctx.shift_size, ctx.axis, -ctx.sign), None, None, None
+
+
+torch.library.define("allmlp::axial_shift", "(Tensor x, int shift_size, str axis, int sign) -> Tensor")
+torch.library.impl("allmlp::axial_shift", "cpu", _shift)
+torch.library.register_fake("allmlp::axial_shift", lambda x, shift_size, axis, sign: torch.empty_like(x))
+torch.library.register_autograd("allmlp::axial_shift", _shift_back, setup_context=_keep_shift)

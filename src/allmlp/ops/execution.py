@@ -12,6 +12,16 @@ def is_plain_inference() -> bool:
     return not (torch.is_grad_enabled() or _is_traced())
 
 
+def is_compiled() -> bool:
+    """Whether a compiler reads along whose result runs here, and no function transform stands in between."""
+    return torch.compiler.is_compiling() and not (torch.compiler.is_exporting() or _is_transformed())
+
+
+def is_compiled_inference() -> bool:
+    """Whether `is_compiled`, and nothing is kept for backward."""
+    return is_compiled() and not torch.is_grad_enabled()
+
+
 def is_plain_training(*inputs: Tensor | None) -> bool:
     """Whether autograd, and nothing else, keeps something of these for backward, on a device that computes."""
     given = [x for x in inputs if x is not None]
@@ -33,5 +43,8 @@ def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
 
 def _is_traced() -> bool:
     """Whether a compiler, an exporter, a function transform or forward-mode differentiation reads along."""
-    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or _is_transformed()
+
+
+def _is_transformed() -> bool:
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

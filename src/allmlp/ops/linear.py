@@ -1,6 +1,5 @@
 """The linear map across channels, with the activation behind it where a product can apply it as it is stored."""
 
-from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -8,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from allmlp.ops.execution import autocast, is_plain_inference
+from allmlp.ops.execution import autocast, is_compiled_inference, is_plain_inference
 
 Gelu = Literal["none", "tanh"]
 
@@ -34,7 +33,8 @@ def linear(
 
     On a CPU with bfloat16 products, oneDNN adds the bias and applies the activation to the accumulated sums as it
     stores them, where torch writes the bias out in front of the product and reads the result again behind it. That is
-    for plain execution in bfloat16 without gradients; in float32 it gains nothing (`benchmarks/rejected.py`).
+    for bfloat16 without gradients, in plain execution and in compiled models; in float32 it gains nothing
+    (`benchmarks/rejected.py`).
 
     Args:
         x: any floating dtype.
@@ -47,8 +47,8 @@ def linear(
     """
     given = _given_to_onednn(x, weight, bias)
     if given is not None:
-        after = "none" if gelu is None else "gelu"
-        return torch.ops.mkldnn._linear_pointwise(*given, after, [], gelu or "none")
+        product = torch.ops.allmlp.linear if torch.compiler.is_compiling() else _product
+        return product(*given, gelu=gelu)
     y = F.linear(x, weight, bias)
     return y if gelu is None else gelu_of_product(y, gelu)
 
@@ -63,17 +63,36 @@ def gelu_of_product(y: Tensor, approximate: str) -> Tensor:
 def _given_to_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Any, ...] | None:
     """What oneDNN is to multiply; None where it cannot, or where somebody between expects torch's own operators."""
     plain = all(t is None or (type(t) in (Tensor, nn.Parameter) and t.is_cpu) for t in (x, weight, bias))
-    if not (plain and is_plain_inference() and x.numel() and torch._C._len_torch_dispatch_stack() == 0):
+    if not (plain and _MULTIPLIES_BFLOAT16 and (is_compiled_inference() or _is_unseen()) and x.numel()):
         return None
     given = autocast(x, weight, bias)
     fit = all(t is None or t.dtype == torch.bfloat16 for t in given)
-    return given if fit and torch.backends.mkldnn.enabled and _multiplies_bfloat16() else None
+    return given if fit and torch.backends.mkldnn.enabled else None
 
 
-@cache
-def _multiplies_bfloat16() -> bool:
-    return (
-        torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
+def _is_unseen() -> bool:
+    return is_plain_inference() and torch._C._len_torch_dispatch_stack() == 0
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: str | None) -> Tensor:
+    after = "none" if gelu is None else "gelu"
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, after, [], gelu or "none")
+
+
+# torch's compiler takes oneDNN's operator for frozen weights alone; one of our own it calls as it is. `custom_op` would
+# define it with checks that cost much of the gain at every call.
+torch.library.define("allmlp::linear", "(Tensor x, Tensor weight, Tensor? bias, str? gelu) -> Tensor")
+torch.library.impl("allmlp::linear", "cpu", _product)
+
+
+@torch.library.register_fake("allmlp::linear")
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: str | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+# Asked once: a compiler cannot ask while it reads.
+_MULTIPLIES_BFLOAT16: bool = (
+    torch.backends.mkldnn.is_available()
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+)
