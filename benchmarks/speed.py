@@ -3,12 +3,13 @@
     python benchmarks/speed.py eager --peer-path AS-MLP=… --peer-path VisionPermutator=… --peer-path Jittor-MLP=…
     python benchmarks/speed.py engines --peer-path …
     python benchmarks/speed.py eager --task inference --batch-size 1 --rounds 25 --name speed_latency --peer-path …
-    python benchmarks/speed.py eager --compiled --task inference --models … --name speed_compiled
+    python benchmarks/speed.py eager --compiled --task inference --rounds 15 --name speed_compiled --peer-path …
     python benchmarks/speed.py page
 
 Each measurement writes `benchmarks/results/speed_<part>.json`, the last command puts all into `docs/speed.md`. On two
-cores they take about ten minutes each. `--models` and `--batch-size` restrict or widen what is measured;
-`--cpu-isa AVX512_CORE_BF16` keeps oneDNN from newer instructions (AMX), to compare with machines that lack them.
+cores they take about ten minutes each, through the compiler twice as long. `--models` and `--batch-size` restrict or
+widen what is measured; `--cpu-isa AVX512_CORE_BF16` keeps oneDNN from newer instructions (AMX), to compare with
+machines that lack them.
 """
 
 import argparse
@@ -41,6 +42,8 @@ def main() -> None:
     parser.add_argument("--cpu-isa", metavar="ISA")
     parser.add_argument("--name", help="name of the results' file (default: speed_<part>)")
     options = parser.parse_args()
+    if options.models and not options.name:
+        parser.error(f"--models leaves rows of speed_{options.part} out: give what it measures a --name of its own")
     if options.cpu_isa:
         # oneDNN reads this when it is loaded.
         os.environ["ONEDNN_MAX_CPU_ISA"] = options.cpu_isa

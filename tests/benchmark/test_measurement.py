@@ -1,6 +1,7 @@
 """A measurement from a setting to the file, the table and the page."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,14 @@ def test_network_and_floor(task: str, dtype: str) -> None:
     assert ours.milliseconds > 0
     assert ours.peak_bytes > 0
     assert (ours.kept_bytes is not None) == (task == "training")
+
+
+def test_every_compiled_network_runs_compiled(monkeypatch: pytest.MonkeyPatch, unchecked: None) -> None:
+    """All networks have one `forward`, which torch compiles so often and then runs as it is."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
+        for dtype in ("float32", "bfloat16"):
+            measure(Setting(model=NANO, dtype=dtype, batch_size=2, compiled=True), rounds=1)
 
 
 def test_peer_with_the_same_weights() -> None:

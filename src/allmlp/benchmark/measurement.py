@@ -123,7 +123,8 @@ def measure(
 ) -> list[Result]:
     """Measure allmlp's form of a network, the floor, and each peer that is on this machine, in turn in this process.
 
-    Before a peer is timed, it must give in float64 the output of allmlp's form with the same weights.
+    Before a peer is timed, it must give in float64 the output of allmlp's form with the same weights. For a compiled
+    setting, what torch compiled before in this process is forgotten.
 
     Args:
         setting: what to run.
@@ -139,6 +140,9 @@ def measure(
     _check(setting)
     # An optimizer refers to itself: that of the last measurement, and its network, may still be there.
     gc.collect()
+    if setting.compiled:
+        # A function that was compiled for as many networks as torch allows runs uncompiled from then on.
+        torch.compiler.reset()
     device = torch.device(setting.device)
     contenders: dict[str, Callable[[], object]] = {}
     facts: dict[str, dict[str, Any]] = {}
