@@ -21,10 +21,14 @@ def keep_freed_memory() -> None:
     At the start of a process it hands blocks back from 128 KiB on, and later whatever lies free above 64 MiB: every
     layer gets its activations' memory anew from the system, page by page, and every training step what was kept for
     the last one's backward. Keeping it costs no memory at the highest point, and idle memory afterwards, which
-    `malloc_trim(3)` gives back. A process whose environment tunes malloc (`MALLOC_…_`, `GLIBC_TUNABLES`) is left as it
-    was set up; other allocators do not notice.
+    `malloc_trim(3)` gives back. A process whose environment sets one of both thresholds (`MALLOC_TRIM_THRESHOLD_`,
+    `MALLOC_MMAP_THRESHOLD_`, `GLIBC_TUNABLES`) is left as it was set up; other allocators do not notice.
     """
-    tuned = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    tuned = any(
+        f"MALLOC_{threshold.upper()}_" in os.environ or f"glibc.malloc.{threshold}" in tunables
+        for threshold in ("trim_threshold", "mmap_threshold")
+    )
     if tuned or sys.platform != "linux":
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none

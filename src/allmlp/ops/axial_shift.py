@@ -165,10 +165,6 @@ class _AxialShift(torch.autograd.Function):
         return _AxialShift.apply(tangent, ctx.shift_size, ctx.axis, ctx.sign)
 
 
-def _keep_shift(ctx, inputs: tuple[Tensor, int, str, int], output: Tensor) -> None:
-    _, ctx.shift_size, ctx.axis, ctx.sign = inputs
-
-
 def _shift_back(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
     return torch.ops.allmlp.axial_shift(grad, ctx.shift_size, ctx.axis, -ctx.sign), None, None, None
 
@@ -176,4 +172,4 @@ def _shift_back(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
 torch.library.define("allmlp::axial_shift", "(Tensor x, int shift_size, str axis, int sign) -> Tensor")
 torch.library.impl("allmlp::axial_shift", "cpu", _shift)
 torch.library.register_fake("allmlp::axial_shift", lambda x, shift_size, axis, sign: torch.empty_like(x))
-torch.library.register_autograd("allmlp::axial_shift", _shift_back, setup_context=_keep_shift)
+torch.library.register_autograd("allmlp::axial_shift", _shift_back, setup_context=_AxialShift.setup_context)
