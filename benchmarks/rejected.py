@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import allmlp  # noqa: F401
+from allmlp.ops.linear import linear_weight_gradient
 from allmlp.timing import time_in_turn
 
 Forms = Mapping[str, Callable[[], object]]
@@ -32,7 +32,7 @@ def main() -> None:
                 times = time_in_turn(forms, rounds=options.rounds)
                 (used, first), *others = times.items()
                 beside = ", ".join(f"{other}: {time.ratio:.2f}" for other, time in others)
-                print(f"{str(dtype)[6:]:9}{name:34}{used}: {first.milliseconds:.2f} ms; {beside}", flush=True)
+                print(f"{str(dtype)[6:]:9}{name:37}{used}: {first.milliseconds:.2f} ms; {beside}", flush=True)
 
 
 def _cases(dtype: torch.dtype) -> list[tuple[str, Forms]]:
@@ -41,6 +41,8 @@ def _cases(dtype: torch.dtype) -> list[tuple[str, Forms]]:
         ("channel MLP 1568 × 384 → 1536", _row_tiles(dtype, 1568, 384, 1536)),
         ("linear and GELU 1568 × 256 → 1536", _epilogue(dtype, 1568, 256, 1536)),
         ("linear and GELU 2048 × 384 → 1152", _epilogue(dtype, 2048, 384, 1152)),
+        ("weight's gradient 1568 × 1536 → 384", _weight_gradient(dtype, 1568, 1536, 384)),
+        ("weight's gradient 1568 × 3072 → 768", _weight_gradient(dtype, 1568, 3072, 768)),
         ("branches of Permute-MLP, 16 × 16", _permuted_branches(dtype)),
         ("GELU of 1568 × 1536", _gelu(dtype)),
         ("network gMLP-S, batch 8", _slices(dtype)),
@@ -75,6 +77,16 @@ def _epilogue(dtype: torch.dtype, rows: int, width: int, hidden: int) -> Forms:
     }
     # In bfloat16 the epilogue is the form in use.
     return forms if dtype == torch.float32 else dict(reversed(forms.items()))
+
+
+def _weight_gradient(dtype: torch.dtype, rows: int, read: int, written: int) -> Forms:
+    x, grad = torch.randn(rows, read).to(dtype), torch.randn(rows, written).to(dtype)
+    return {
+        "in use": lambda: linear_weight_gradient(grad, x),
+        "as it lies": lambda: grad.t() @ x,
+        "the other way round": lambda: (x.t() @ grad).t().contiguous(),
+        "copied": lambda: grad.t().contiguous() @ x,
+    }
 
 
 def _permuted_branches(dtype: torch.dtype) -> Forms:

@@ -1,5 +1,7 @@
 """The linear map and its GELU against torch's two calls, and when oneDNN's epilogue takes their place."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from allmlp.ops import linear, linear_reference
-from allmlp.ops.linear import _MULTIPLIES_BFLOAT16
+from allmlp.ops.linear import _MULTIPLIES_BFLOAT16, linear_weight_gradient
 from tests.tolerances import assert_close
 
 multiplies_bfloat16 = pytest.mark.skipif(
@@ -128,3 +130,17 @@ def test_compiled(stored: list[str], unchecked: None, autocast: bool) -> None:
 @pytest.mark.parametrize("bias", [True, False])
 def test_operator(bias: bool) -> None:
     torch.library.opcheck(torch.ops.allmlp.linear.default, (*_drawn(torch.bfloat16, 2, 7, bias=bias), "tanh"))
+
+
+@pytest.mark.parametrize("rows", [(1,), (300,), (2, 256), (3, 7, 29)], ids=str)
+@pytest.mark.parametrize(("read", "written"), [(768, 384), (770, 385), (384, 768), (768, 383)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_gradient_of_the_weight(dtype: torch.dtype, read: int, written: int, rows: tuple[int, ...]) -> None:
+    x = torch.randn(*rows, read).to(dtype)
+    grad = (torch.randn(*rows, written) / math.prod(rows) ** 0.5).to(dtype)
+    weight = torch.zeros(written, read, dtype=torch.float64, requires_grad=True)
+    F.linear(x.double(), weight).backward(grad.double())
+    found = linear_weight_gradient(grad, x)
+    assert found.dtype == dtype
+    assert found.is_contiguous()
+    assert_close(found, weight.grad)

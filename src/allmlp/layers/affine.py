@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from allmlp.ops import scaled_add
+
 
 class Affine(nn.Module):
     """`y = alpha ⊙ x + beta`, one factor and one offset a channel, starting as the identity.
@@ -18,4 +20,4 @@ class Affine(nn.Module):
         self.beta = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Float[Tensor, "*batch channels"]) -> Float[Tensor, "*batch channels"]:
-        return torch.addcmul(self.beta, self.alpha, x)
+        return scaled_add(self.beta, self.alpha, x)

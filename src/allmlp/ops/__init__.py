@@ -10,6 +10,7 @@ from allmlp.ops.backends import set_fused
 from allmlp.ops.linear import linear, linear_reference
 from allmlp.ops.permute_linear import permute_linear, permute_linear_reference
 from allmlp.ops.recomputing import recomputing_linear, recomputing_linear_reference
+from allmlp.ops.scaled_add import scaled_add, scaled_add_reference
 from allmlp.ops.spatial_gating import (
     activated_spatial_gating,
     activated_spatial_gating_reference,
@@ -57,6 +58,8 @@ __all__ = [
     "pool_branches_reference",
     "recomputing_linear",
     "recomputing_linear_reference",
+    "scaled_add",
+    "scaled_add_reference",
     "set_fused",
     "spatial_gating",
     "spatial_gating_reference",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from allmlp.ops.execution import is_plain_training
-from allmlp.ops.linear import linear
+from allmlp.ops.linear import linear, linear_weight_gradient
 from allmlp.ops.token_linear import bias_gradient, input_gradient, token_linear, weight_gradient
 
 Across = Literal["channels", "tokens"]
@@ -110,10 +110,8 @@ def _parameter_gradients(
     """The gradients of those parameters that are given."""
     grad_weight = grad_bias = None
     if weight is not None:
-        x = x.to(grad.dtype)
-        rows = (grad.flatten(0, -2), x.flatten(0, -2))
-        grad_weight = rows[0].t() @ rows[1] if across == "channels" else weight_gradient(grad, x)
-        grad_weight = grad_weight.to(weight.dtype)
+        of = linear_weight_gradient if across == "channels" else weight_gradient
+        grad_weight = of(grad, x.to(grad.dtype)).to(weight.dtype)
     if bias is not None:
         summed = grad.flatten(0, -2).sum(0) if across == "channels" else bias_gradient(grad)
         grad_bias = summed.sum_to_size(bias.shape).to(bias.dtype)

@@ -9,6 +9,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from allmlp.layers import Affine, ChannelMLP, GridBound, PatchEmbedding, TokenLinear
+from allmlp.ops import scaled_add
 from allmlp.ops.resampling import Grid, resample_read, resample_written
 from allmlp.vision.base import VisionMLP, column_levels, depth_decayed
 from allmlp.vision.registry import register_family
@@ -57,8 +58,8 @@ class ResMLPBlock(GridBound):
 
     def forward(self, x: Float[Tensor, "batch height width channels"]) -> Float[Tensor, "batch height width channels"]:
         tokens = x.flatten(1, 2)
-        tokens = torch.addcmul(tokens, self.ls1, self.drop_path(self.linear_tokens(self.norm1(tokens))))
-        tokens = torch.addcmul(tokens, self.ls2, self.drop_path(self.mlp_channels(self.norm2(tokens))))
+        tokens = scaled_add(tokens, self.ls1, self.drop_path(self.linear_tokens(self.norm1(tokens))))
+        tokens = scaled_add(tokens, self.ls2, self.drop_path(self.mlp_channels(self.norm2(tokens))))
         return tokens.view_as(x)
 
     def trained_grid(self, own: Mapping[str, Tensor]) -> Grid:
