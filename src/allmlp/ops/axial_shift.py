@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from allmlp.ops.backends import Backend, takes_fused
-from allmlp.ops.execution import autocast, is_compiled
+from allmlp.ops.execution import autocast, is_compiled, is_plain_inference
 from allmlp.ops.recomputing import recomputing_linear
 
 Axis = Literal["height", "width"]
@@ -54,7 +54,7 @@ def axial_shift(
         if x.device.type == "cpu" and x.element_size() == 2 and is_compiled():
             return torch.ops.allmlp.axial_shift(x, shift_size, axis, 1)
         return axial_shift_reference(x, shift_size, axis)
-    return _AxialShift.apply(x, shift_size, axis, 1)
+    return _shifted(x, shift_size, axis, 1)
 
 
 def axial_shift_linear_reference(
@@ -143,6 +143,11 @@ def _shift(x: Tensor, shift_size: int, axis: str, sign: int) -> Tensor:
     return out
 
 
+def _shifted(x: Tensor, shift_size: int, axis: str, sign: int) -> Tensor:
+    # `apply` binds its arguments by signature, which takes longer than the shift of a small map.
+    return (_shift if is_plain_inference() else _AxialShift.apply)(x, shift_size, axis, sign)
+
+
 class _AxialShift(torch.autograd.Function):
     """The derivative of a zero-filled shift is the opposite shift.
 
@@ -158,11 +163,11 @@ class _AxialShift(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _AxialShift.apply(grad, ctx.shift_size, ctx.axis, -ctx.sign), None, None, None
+        return _shifted(grad, ctx.shift_size, ctx.axis, -ctx.sign), None, None, None
 
     @staticmethod
     def jvp(ctx, tangent: Tensor, shift_size: None, axis: None, sign: None) -> Tensor:
-        return _AxialShift.apply(tangent, ctx.shift_size, ctx.axis, ctx.sign)
+        return _shifted(tangent, ctx.shift_size, ctx.axis, ctx.sign)
 
 
 def _shift_back(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:

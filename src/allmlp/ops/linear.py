@@ -78,6 +78,8 @@ def linear_weight_gradient(
 
 def _given_to_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Any, ...] | None:
     """What oneDNN is to multiply; None where it cannot, or where somebody between expects torch's own operators."""
+    if type(x) is Tensor and x.dtype != torch.bfloat16 and not torch.is_autocast_enabled("cpu"):
+        return None  # asked first: for one image, the questions below are a share of the time
     plain = all(t is None or (type(t) in (Tensor, nn.Parameter) and t.is_cpu) for t in (x, weight, bias))
     if not (plain and _MULTIPLIES_BFLOAT16 and (is_compiled_inference() or _is_unseen()) and x.numel()):
         return None

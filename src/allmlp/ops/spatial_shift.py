@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from allmlp.ops.backends import Backend, takes_fused
-from allmlp.ops.execution import autocast
+from allmlp.ops.execution import autocast, is_plain_inference
 from allmlp.ops.linear import linear
 
 Order = Literal["width_first", "height_first"]
@@ -60,7 +60,7 @@ def spatial_shift(
     check_order(order)
     if torch.compiler.is_compiling():
         return spatial_shift_reference(x, order)
-    return _SpatialShift.apply(x, order, False)
+    return _shifted(x, order, False)
 
 
 def spatial_shift_linear_reference(
@@ -121,34 +121,41 @@ def _quarters(x: Tensor) -> list[tuple[int, int]]:
     return list(pairwise(g * x.shape[-1] // 4 for g in range(5)))
 
 
-class _SpatialShift(torch.autograd.Function):
-    """The shift and, with `adjoint`, its transpose: each is the other's derivative, so any order of gradient exists.
+def _shift(x: Tensor, order: str, adjoint: bool) -> Tensor:
+    """The shift or, with `adjoint`, its transpose; every element is written once."""
+    out = torch.empty_like(x)
+    widths = [stop - start for start, stop in _quarters(x)]
+    quarters = zip(x.split(widths, -1), out.split(widths, -1), _GROUPS[order], strict=True)
+    for source, target, (axis, step) in quarters:
+        size = x.shape[axis]
+        if adjoint:
+            step = -step
+        target.narrow(axis, max(step, 0), size - 1).copy_(source.narrow(axis, max(-step, 0), size - 1))
+        # Nothing moves to the border that the values move away from.
+        border = 0 if step > 0 else size - 1
+        if adjoint:
+            # Forward, the opposite border kept its value and handed it on as well: both gradients add up there.
+            target.narrow(axis, border, 1).zero_()
+            kept = size - 1 - border
+            target.narrow(axis, kept, 1).add_(source.narrow(axis, kept, 1))
+        else:
+            target.narrow(axis, border, 1).copy_(source.narrow(axis, border, 1))
+    return out
 
-    Every element is written once, where autograd through slices would fill and add whole maps.
+
+def _shifted(x: Tensor, order: str, adjoint: bool) -> Tensor:
+    # `apply` binds its arguments by signature, which takes longer than the shift of a small map.
+    return (_shift if is_plain_inference() else _SpatialShift.apply)(x, order, adjoint)
+
+
+class _SpatialShift(torch.autograd.Function):
+    """The shift and its transpose: each is the other's derivative, so any order of gradient exists.
+
+    Autograd through slices would fill and add whole maps.
     """
 
     generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, order: str, adjoint: bool) -> Tensor:
-        out = torch.empty_like(x)
-        widths = [stop - start for start, stop in _quarters(x)]
-        quarters = zip(x.split(widths, -1), out.split(widths, -1), _GROUPS[order], strict=True)
-        for source, target, (axis, step) in quarters:
-            size = x.shape[axis]
-            if adjoint:
-                step = -step
-            target.narrow(axis, max(step, 0), size - 1).copy_(source.narrow(axis, max(-step, 0), size - 1))
-            # Nothing moves to the border that the values move away from.
-            border = 0 if step > 0 else size - 1
-            if adjoint:
-                # Forward, the opposite border kept its value and handed it on as well: both gradients add up there.
-                target.narrow(axis, border, 1).zero_()
-                kept = size - 1 - border
-                target.narrow(axis, kept, 1).add_(source.narrow(axis, kept, 1))
-            else:
-                target.narrow(axis, border, 1).copy_(source.narrow(axis, border, 1))
-        return out
+    forward = staticmethod(_shift)
 
     @staticmethod
     def setup_context(ctx, inputs: tuple[Tensor, str, bool], output: Tensor) -> None:
@@ -156,8 +163,8 @@ class _SpatialShift(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _SpatialShift.apply(grad, ctx.order, not ctx.adjoint), None, None
+        return _shifted(grad, ctx.order, not ctx.adjoint), None, None
 
     @staticmethod
     def jvp(ctx, tangent: Tensor, order: None, adjoint: None) -> Tensor:
-        return _SpatialShift.apply(tangent, ctx.order, ctx.adjoint)
+        return _shifted(tangent, ctx.order, ctx.adjoint)

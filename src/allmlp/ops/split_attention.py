@@ -92,12 +92,12 @@ def mean_over_positions_reference(
 def mean_over_positions(
     x: Float[Tensor, "batch height width channels"],
 ) -> Float[Tensor, "batch channels"]:
-    """The mean of each channel over the map; on a CPU as a product with a row of equal weights.
+    """The mean of each channel over the map; for 16-bit maps on a CPU as a product with a row of equal weights.
 
-    The product reads 16-bit inputs as they are and accumulates in float32, where torch's reduction first writes them
-    out in float32.
+    The product reads them as they are and accumulates in float32, where torch's reduction first writes them out in
+    float32. A compiler's reduction does not, and reads what else it can on the way.
     """
-    if x.device.type != "cpu" or torch.compiler.is_exporting():
+    if x.device.type != "cpu" or x.dtype.itemsize != 2 or torch.compiler.is_compiling():
         return mean_over_positions_reference(x)
     positions = x.shape[1] * x.shape[2]
     weights = x.new_full((1, 1, positions), 1 / positions).expand(x.shape[0], -1, -1)
