@@ -22,6 +22,31 @@ def test_token_mixing_mlp_matches_reference() -> None:
     assert_matches(TokenMixingMLP(9, 5), lambda p, x: token_mixing(p, "", x), torch.randn(2, 9, 4))
 
 
+class Adapter(TokenLinear):
+    """Stands where a `TokenLinear` was, and computes something else."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) - 1
+
+
+def double(module: torch.nn.Module, given: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+    return 2 * output
+
+
+@pytest.mark.parametrize("changed", ["nothing", "adapter", "hook"])
+def test_exported_token_mixing(changed: str) -> None:
+    mlp, x = TokenMixingMLP(9, 5).eval(), torch.randn(2, 9, 4)
+    if changed == "adapter":
+        mlp.fc1 = Adapter(9, 5)
+    if changed == "hook":
+        mlp.fc2.register_forward_hook(double)
+    program = torch.export.export(mlp, (x,))
+    torch.testing.assert_close(program.module()(x), mlp(x))
+    if changed == "nothing":
+        called = [str(node.target).split(".")[1] for node in program.graph.nodes if node.op == "call_function"]
+        assert called == ["transpose", "linear", "gelu", "linear", "transpose"]
+
+
 def test_token_linear_starts_glorot_uniform_without_bias() -> None:
     layer = TokenLinear(100, 200)
     assert layer.weight.abs().max() <= (6 / 300) ** 0.5

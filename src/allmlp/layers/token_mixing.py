@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Mapping
 
+import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from allmlp.layers.recomputing import linear_act_linear
+from allmlp.layers.recomputing import is_watched, linear_act_linear
 from allmlp.layers.resampling import GridBound
 from allmlp.layers.token_linear import TokenLinear
 from allmlp.ops.resampling import Grid, resample_read, resample_written
@@ -18,7 +20,7 @@ class TokenMixingMLP(GridBound):
         tokens: number of tokens.
         hidden: width of the hidden layer, the paper's D_S.
         drop: dropout rate after each layer.
-        act_layer: makes the activation.
+        act_layer: makes the activation, a function of single numbers.
     """
 
     def __init__(
@@ -34,6 +36,11 @@ class TokenMixingMLP(GridBound):
     def forward(self, x: Float[Tensor, "batch tokens channels"]) -> Float[Tensor, "batch tokens channels"]:
         if self.training and self.drop1.p > 0:
             return self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))
+        plain = all(type(fc) is TokenLinear and not is_watched(fc) for fc in (self.fc1, self.fc2))
+        if torch.compiler.is_exporting() and plain:
+            # Transposed once for both maps, so that engines apply bias and activation as they store the first.
+            hidden = F.linear(x.transpose(1, 2), self.fc1.weight, self.fc1.bias)
+            return F.linear(self.act(hidden), self.fc2.weight, self.fc2.bias).transpose(1, 2)
         return self.drop2(linear_act_linear(self.fc1, self.act, self.fc2, x))
 
     def trained_grid(self, own: Mapping[str, Tensor]) -> Grid:

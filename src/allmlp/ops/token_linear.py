@@ -42,7 +42,7 @@ def token_linear(
     """
     if torch.compiler.is_exporting():
         # Inference engines pack the weights of linear maps, and those alone.
-        return F.linear(x.transpose(1, 2), weight).transpose(1, 2) + bias.unsqueeze(-1)
+        return F.linear(x.transpose(1, 2), weight, bias.expand(weight.shape[0])).transpose(1, 2)
     # Autocast would cast the weight once a sample.
     x, weight, bias = autocast(x, weight, bias)
     if is_plain_training(x, weight, bias):
