@@ -130,12 +130,15 @@ def _onnxruntime(model: Any, images: Any) -> Callable[[], object]:
 def _torchao(model: Any, images: Any) -> Callable[[], object]:
     """Linear maps with weights in int8 by output channel and activations by token; the rest in bfloat16."""
     import torch
+    from torch._inductor import config
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
     low = copy.deepcopy(model).to(torch.bfloat16)
     quantize_(low, Int8DynamicActivationInt8WeightConfig())
-    compiled = torch.compile(low, fullgraph=True, dynamic=False, options={"freezing": True})
+    compiled = torch.compile(low, fullgraph=True, dynamic=False)
     given = images.to(torch.bfloat16)
+    with torch.no_grad(), config.patch(freezing=True):
+        compiled(given)
 
     def run() -> object:
         with torch.no_grad():

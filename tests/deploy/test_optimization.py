@@ -72,7 +72,7 @@ def test_int8_needs_nncf(image: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_compiled_with_frozen_weights(image: torch.Tensor) -> None:
+def test_compiled(image: torch.Tensor) -> None:
     model = _model()
     form = allmlp.optimize(model, image, engine="inductor")
     other = torch.randn_like(image)

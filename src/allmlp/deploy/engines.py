@@ -33,12 +33,12 @@ def eager(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Runner:
 
 
 def inductor(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Runner:
-    """torch's compiler with frozen weights: folded, and packed once for the products of this processor."""
+    """torch's compiler."""
     _require_floating("inductor", dtype)
     if example.device.type == "cpu":
         _require_cpp_compiler()
     model = copy.deepcopy(model).to(dtype)
-    compiled = torch.compile(model, fullgraph=True, dynamic=False, options={"freezing": True})
+    compiled = torch.compile(model, fullgraph=True, dynamic=False)
 
     def run(x: Tensor) -> Tensor:
         with torch.no_grad():

@@ -77,7 +77,7 @@ def optimize(
 ) -> OptimizedModel:
     """The fastest equivalent form of a network on this machine, its output checked against the original's.
 
-    Every engine that works here (torch as it is, torch's compiler with frozen weights, OpenVINO and ONNX Runtime where
+    Every engine that works here (torch as it is, torch's compiler, OpenVINO and ONNX Runtime where
     they are installed) is given the network, must reproduce its output, and is timed in turn with the others. Outputs
     may differ by 1e-4 of the largest number in float32, by 0.05 in bfloat16 and 0.25 in int8.
 
