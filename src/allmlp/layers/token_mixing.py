@@ -36,8 +36,9 @@ class TokenMixingMLP(GridBound):
     def forward(self, x: Float[Tensor, "batch tokens channels"]) -> Float[Tensor, "batch tokens channels"]:
         if self.training and self.drop1.p > 0:
             return self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))
-        plain = all(type(fc) is TokenLinear and not is_watched(fc) for fc in (self.fc1, self.fc2))
-        if torch.compiler.is_exporting() and plain:
+        if torch.compiler.is_exporting() and all(
+            type(fc) is TokenLinear and not is_watched(fc) for fc in (self.fc1, self.fc2)
+        ):
             # Transposed once for both maps, so that engines apply bias and activation as they store the first.
             hidden = F.linear(x.transpose(1, 2), self.fc1.weight, self.fc1.bias)
             return F.linear(self.act(hidden), self.fc2.weight, self.fc2.bias).transpose(1, 2)

@@ -144,7 +144,7 @@ def _shift(x: Tensor, order: str, adjoint: bool) -> Tensor:
 
 
 def _shifted(x: Tensor, order: str, adjoint: bool) -> Tensor:
-    # `apply` binds its arguments by signature, which takes longer than the shift of a small map.
+    # `apply` binds its arguments by signature at every call, which shows where maps are small.
     return (_shift if is_plain_inference() else _SpatialShift.apply)(x, order, adjoint)
 
 
