@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from allmlp.layers import SpatialGatingUnit, TinyAttention
-from allmlp.layers.spatial_gating import visible_tokens
+from allmlp.layers.spatial_gating import gated_feed_forward, visible_tokens
 from tests.layers.parity import assert_matches, normalise
 from tests.tolerances import assert_close
 
@@ -115,6 +115,93 @@ def test_causal_reads_nothing_later_to_the_bit(options) -> None:
     for t in range(1, TOKENS):
         changed = [torch.cat([part[:, :t], torch.randn_like(part[:, t:])], dim=1) for part in x]
         assert torch.equal(layer(*changed)[:, :t], out[:, :t])
+
+
+def network(**options) -> tuple[nn.Linear, nn.Module, SpatialGatingUnit, nn.Linear]:
+    """A block's feed-forward network, in training."""
+    width = CHANNELS // 2 if options.get("split", True) else CHANNELS
+    parts = nn.Linear(BLOCK, CHANNELS), nn.GELU(), unit(**options), nn.Linear(width, BLOCK)
+    return tuple(randomised(part).double() for part in parts)  # type: ignore[return-value]
+
+
+def called_in_turn(parts, x: torch.Tensor, **given) -> torch.Tensor:
+    proj_in, act, sgu, proj_out = parts
+    return proj_out(sgu(act(proj_in(x)), x, **given))
+
+
+def assert_same_output_and_gradients(parts, x: torch.Tensor, **given) -> None:
+    leaves = [x, *(p for part in parts for p in part.parameters())]
+    results = []
+    for out in (gated_feed_forward(*parts, x, **given), called_in_turn(parts, x, **given)):
+        results.append([out, *torch.autograd.grad(out.square().sum(), [p for p in leaves if p.requires_grad])])
+    for got, expected in zip(*results, strict=True):
+        assert_close(got, expected)
+
+
+@pytest.mark.parametrize("given", ["whole", "padded", "masked"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_feed_forward_is_its_layers_in_turn(options, given) -> None:
+    parts, x = network(**options), torch.randn(2, TOKENS, BLOCK, dtype=torch.float64, requires_grad=True)
+    padding = torch.tensor([[1, 0, 1, 1, 0, 1], [1, 1, 1, 0, 0, 0]]).bool()
+    mask = torch.rand(2, TOKENS, TOKENS) < 0.6
+    extra = {"whole": {}, "padded": {"padding": padding}, "masked": {"mask": mask}}[given]
+    assert_same_output_and_gradients(parts, x, **extra)
+    with torch.no_grad():
+        assert_close(gated_feed_forward(*parts, x, **extra), called_in_turn(parts, x, **extra))
+
+
+def test_feed_forward_of_a_plain_unit_and_the_papers_gate() -> None:
+    parts, x = network(), torch.randn(2, TOKENS, BLOCK, dtype=torch.float64)
+    parts[2].gate_act = None
+    assert_same_output_and_gradients(parts, x)
+    parts[0].bias = None
+    assert_same_output_and_gradients(parts, x)
+    for parameter in (*parts[0].parameters(), *parts[2].parameters()):
+        parameter.requires_grad_(False)
+    assert_same_output_and_gradients(parts, x.requires_grad_())
+
+
+class _Adapter(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + 1
+
+
+class _Gate(SpatialGatingUnit):
+    def forward(self, x: torch.Tensor, *given, **options) -> torch.Tensor:
+        return super().forward(x, *given, **options) + 1
+
+
+@pytest.mark.parametrize("place", [0, 3], ids=["in", "out"])
+def test_feed_forward_calls_an_adapter(place: int) -> None:
+    parts = list(network())
+    parts[place] = _Adapter(parts[place].in_features, parts[place].out_features).double()
+    assert_same_output_and_gradients(parts, torch.randn(2, TOKENS, BLOCK, dtype=torch.float64))
+
+
+def test_feed_forward_calls_a_unit_of_another_kind() -> None:
+    parts = list(network())
+    parts[2] = _Gate(CHANNELS, TOKENS).double()
+    assert_same_output_and_gradients(parts, torch.randn(2, TOKENS, BLOCK, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("place", range(4), ids=["in", "activation", "unit", "out"])
+def test_feed_forward_calls_what_a_hook_watches(place: int) -> None:
+    parts, x = network(), torch.randn(2, TOKENS, BLOCK, dtype=torch.float64)
+    shapes: list[torch.Size] = []
+    parts[place].register_forward_hook(lambda module, given, out: shapes.append(out.shape))
+    gated_feed_forward(*parts, x)
+    assert shapes == [(2, TOKENS, [CHANNELS, CHANNELS, CHANNELS // 2, BLOCK][place])]
+
+
+def test_feed_forward_keeps_both_halves_and_the_gate() -> None:
+    parts, x = network(), torch.randn(2, TOKENS, BLOCK, dtype=torch.float64)
+    parts[2].gate_act = None
+    own = {p.untyped_storage().data_ptr() for part in parts for p in part.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
+        gated_feed_forward(*parts, x)
+    shapes = [tuple(t.shape) for t in kept.values() if t.untyped_storage().data_ptr() not in {*own, x.data_ptr()}]
+    assert shapes == 5 * [(2, TOKENS, CHANNELS // 2)]
 
 
 def test_a_new_unit_passes_its_input_on() -> None:

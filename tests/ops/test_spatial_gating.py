@@ -4,12 +4,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from allmlp.ops import (
-    activated_spatial_gating,
-    activated_spatial_gating_reference,
-    spatial_gating,
-    spatial_gating_reference,
-)
+from allmlp.ops import normalized_spatial_gating_reference, spatial_gating, spatial_gating_reference
+from allmlp.ops.spatial_gating import normalized_projection
 from tests.tolerances import assert_close
 
 
@@ -60,48 +56,51 @@ def test_derivatives() -> None:
     assert gradcheck(spatial_gating, arguments)
 
 
-def unit(dtype: torch.dtype = torch.float64, *, one_bias: bool = False) -> list[Tensor]:
-    """Expansion, norm's scale and shift, weight and bias of a whole unit of 5 tokens and 6 channels."""
-    shapes = [(2, 5, 12), (6,), (6,), (5, 5), (1 if one_bias else 5,)]
+def unit(heads: int = 1, dtype: torch.dtype = torch.float64, *, one_bias: bool = False) -> list[Tensor]:
+    """The half that makes the gate, the norm's scale and shift, weight and bias: 5 tokens, 6 channels."""
+    shapes = [(2, 5, 6), (6,), (6,), (heads, 5, 5), (heads, 1 if one_bias else 5)]
     return [torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
 
 
-def gated(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return activated_spatial_gating(x, norm_weight, norm_bias, 1e-5, weight, bias)
+def projected(v: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return normalized_projection(v, norm_weight, norm_bias, 1e-5, weight, bias)
 
 
-def gated_reference(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return activated_spatial_gating_reference(x, norm_weight, norm_bias, 1e-5, weight, bias)
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize(("heads", "one_bias"), [(1, False), (1, True), (3, False)])
+def test_projection_of_the_norm(heads: int, one_bias: bool, causal: bool) -> None:
+    given = unit(heads, one_bias=one_bias)
+
+    def gate(*given: Tensor) -> Tensor:
+        v, scale, shift, weight, bias = given
+        return normalized_projection(v, scale, shift, 1e-5, weight, bias, causal=causal)
+
+    ones = torch.ones(2, 5, 6, dtype=torch.float64)
+    v, scale, shift, weight, bias = given
+    expected = normalized_spatial_gating_reference(ones, v, scale, shift, 1e-5, weight, bias, causal=causal)
+    assert_close(gate(*given), expected)
+    assert gradcheck(gate, given)
+    assert gradgradcheck(gate, given)
 
 
-@pytest.mark.parametrize("one_bias", [False, True])
-def test_whole_unit_with_its_activation(one_bias: bool) -> None:
-    given = unit(one_bias=one_bias)
-    u, v = F.gelu(given[0]).chunk(2, -1)
-    z = F.layer_norm(v, (6,), *given[1:3])
-    assert_close(gated(*given), u * (given[3] @ z + given[4][:, None]))
-    assert gradcheck(gated, given)
-    assert gradgradcheck(gated, given)
-
-
-@pytest.mark.parametrize("trained", range(5), ids=["x", "scale", "shift", "weight", "bias"])
+@pytest.mark.parametrize("trained", range(5), ids=["v", "scale", "shift", "weight", "bias"])
 def test_gradients_of_a_unit_that_is_frozen_but_for_one(trained: int) -> None:
     given = unit()
     for index, x in enumerate(given):
         x.requires_grad_(index == trained)
+    v, scale, shift, weight, bias = given
+    plain = weight[0] @ F.layer_norm(v, (6,), scale, shift) + bias[0, :, None]
     upstream = torch.randn(2, 5, 6, dtype=torch.float64)
-    grads = [
-        torch.autograd.grad(function(*given), given[trained], upstream)[0] for function in (gated, gated_reference)
-    ]
+    grads = [torch.autograd.grad(gate, given[trained], upstream)[0] for gate in (projected(*given), plain)]
     assert_close(*grads)
 
 
-def test_unit_under_autocast() -> None:
-    given = unit(torch.float32)
+def test_projection_under_autocast() -> None:
+    given = unit(dtype=torch.float32)
     exact = [x.detach().double().requires_grad_() for x in given]
     with torch.autocast("cpu", torch.bfloat16):
-        out = gated(given[0].bfloat16(), *given[1:])
-    expected = gated_reference(*exact)
+        out = projected(given[0].bfloat16(), *given[1:])
+    expected = projected(*exact)
     assert out.dtype == torch.bfloat16
     assert_close(out / 8, expected / 8)
     grads = torch.autograd.grad(out.float().square().sum(), given)
@@ -110,24 +109,18 @@ def test_unit_under_autocast() -> None:
         assert_close((grad / reference.abs().max()).bfloat16(), reference / reference.abs().max())
 
 
-def test_unit_keeps_its_input_and_the_gate() -> None:
+def test_the_norm_is_not_kept() -> None:
     given = unit()
-    kept: set[int] = set()
-
-    def keep(x: Tensor) -> Tensor:
-        kept.add(x.data_ptr())
-        return x.clone()
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        gated(*given)
-    assert len(kept) == len(given) + 1
-    assert {x.data_ptr() for x in given} <= kept
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        projected(*given)
+    assert {x.data_ptr() for x in kept} == {x.data_ptr() for x in given}
 
 
-def test_unit_transformed_or_without_memory_is_plain() -> None:
+def test_transformed_or_without_memory_it_is_plain() -> None:
     given = unit()
-    loss = lambda x: gated(x[None], *given[1:]).square().sum()  # noqa: E731
+    loss = lambda v: projected(v[None], *given[1:]).square().sum()  # noqa: E731
     per_sample = torch.func.vmap(torch.func.grad(loss))(given[0].detach())
-    (expected,) = torch.autograd.grad(gated(*given).square().sum(), given[0])
+    (expected,) = torch.autograd.grad(projected(*given).square().sum(), given[0])
     assert_close(per_sample, expected)
-    assert gated(*(x.to("meta") for x in given)).shape == (2, 5, 6)
+    assert projected(*(x.to("meta") for x in given)).shape == (2, 5, 6)

@@ -33,8 +33,7 @@ from allmlp.language.configuration import GMLPConfig
 from allmlp.language.generation import GMLPGenerationMixin
 from allmlp.language.inputs import check_token_ids, left_alignment, read_masks, reordered, reordered_mask
 from allmlp.layers import SpatialGatingUnit
-from allmlp.layers.recomputing import mapped
-from allmlp.layers.spatial_gating import Past
+from allmlp.layers.spatial_gating import Past, gated_feed_forward
 from allmlp.ops import token_shift
 
 
@@ -75,8 +74,7 @@ class GMLPBlock(GradientCheckpointingLayer):
         x = self.norm(hidden_states)
         if self.shift:
             x = self._shifted(x, padding, past_key_values)
-        expanded = mapped(self.proj_in, x, self.act)
-        y = mapped(self.proj_out, self.sgu(expanded, x, mask, padding, past_key_values))
+        y = gated_feed_forward(self.proj_in, self.act, self.sgu, self.proj_out, x, mask, padding, past_key_values)
         if self.training:
             y = self.drop_path(self.dropout(y))
         return hidden_states + y

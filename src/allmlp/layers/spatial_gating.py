@@ -2,24 +2,20 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from allmlp.layers.recomputing import is_watched
+from allmlp.layers.recomputing import is_plain_linear, is_watched, linear_after, mapped
 from allmlp.layers.resampling import GridBound
-from allmlp.ops import (
-    activated_spatial_gating,
-    apply_gate,
-    normalized_spatial_gating,
-    spatial_gating,
-    toeplitz_matrix,
-    toeplitz_product,
-)
+from allmlp.ops import normalized_spatial_gating, toeplitz_matrix, toeplitz_product
+from allmlp.ops.backends import takes_fused
+from allmlp.ops.execution import is_plain_training
 from allmlp.ops.resampling import Grid, resample_read, resample_written
+from allmlp.ops.spatial_gating import apply_gate, finished_gate, normalized_projection, spatial_projection
 
 
 class Past(Protocol):
@@ -176,9 +172,8 @@ class SpatialGatingUnit(GridBound):
         mask: Bool[Tensor, "*rows tokens tokens"] | None = None,
         padding: Bool[Tensor, "batch tokens"] | None = None,
         past: Past | None = None,
-        act: Callable[[Tensor], Tensor] | None = None,
     ) -> Float[Tensor, "batch tokens gate_channels"]:
-        """Gate `x`, or `act(x)`.
+        """Gate `x`.
 
         Args:
             x: the block's activated expansion; with `past` that of the new tokens.
@@ -187,26 +182,28 @@ class SpatialGatingUnit(GridBound):
                 causality, so that a causal unit is exactly as causal as the mask.
             padding: false where there is no token: such places are read by nobody.
             past: the earlier tokens of sequences that are continued; for causal units.
-            act: an activation, element by element, that `x` is still to be given; backward then keeps `x` alone.
 
         Raises:
             ValueError: if the input is longer than the unit, or the tiny attention lacks its input.
         """
-        tokens = x.shape[1]
-        if not self.toeplitz and tokens > self.tokens:
-            raise ValueError(f"the input has {tokens} tokens, the spatial gating unit takes at most {self.tokens}")
-        plain = mask is None and padding is None and past is None and self._is_plain()
-        weight, bias = self.weight, self.bias
-        if plain:
-            weight, bias = _leading(weight, tokens, 1, 2), _leading(bias, tokens, 1)
-        norm = self.norm
-        if act is not None:
-            if plain and self.split and not self.causal and weight.shape[0] == 1:
-                return activated_spatial_gating(x, norm.weight, norm.bias, norm.eps, weight[0], bias[0], act)
-            x = act(x)
         u, v = x.chunk(2, dim=-1) if self.split else (x, x)
-        if plain:
-            return normalized_spatial_gating(u, v, norm.weight, norm.bias, norm.eps, weight, bias, causal=self.causal)
+        if mask is None and padding is None and past is None and self._is_plain():
+            return normalized_spatial_gating(u, v, *self._plain_parameters(x.shape[1]), causal=self.causal)
+        return apply_gate(u, self.gate(v, block_input, mask, padding, past))
+
+    def gate(
+        self,
+        v: Float[Tensor, "batch tokens gate_channels"],
+        block_input: Float[Tensor, "batch tokens block_channels"] | None = None,
+        mask: Bool[Tensor, "*rows tokens tokens"] | None = None,
+        padding: Bool[Tensor, "batch tokens"] | None = None,
+        past: Past | None = None,
+    ) -> Float[Tensor, "batch tokens gate_channels"]:
+        """What `u` is multiplied by, `act(W·LN(v) + b)` with the tiny attention added; arguments as in `forward`."""
+        tokens = v.shape[1]
+        if mask is None and padding is None and past is None and self._is_plain():
+            return normalized_projection(v, *self._plain_parameters(tokens), causal=self.causal)
+        self._check_length(tokens)
         v = self.norm(v)
         if padding is not None:
             v = v * padding.unsqueeze(-1)
@@ -214,18 +211,18 @@ class SpatialGatingUnit(GridBound):
         if self.attention is not None:
             if block_input is None:
                 raise ValueError("a spatial gating unit with tiny attention needs block_input, the normalised input")
-            residual = self.attention(block_input, self._attention_mask(tokens, mask, padding, x.device), past)
+            residual = self.attention(block_input, self._attention_mask(tokens, mask, padding, v.device), past)
         if past is not None:
             kept = past.append("gate", v)
             if past.start:
                 weight, bias = self._decoding_rows(past, tokens, kept.shape[1])
-                return spatial_gating(u, kept, weight, bias, residual, self.gate_act)
+                return finished_gate(spatial_projection(kept, weight, bias), residual, self.gate_act)
         if self.toeplitz and mask is None:
             gate = toeplitz_product(self.weight, v, causal=self.causal)
             bias = self.bias.repeat_interleave(gate.shape[-1] // self.bias.shape[0])
-            return apply_gate(u, gate.add_(bias), residual, self.gate_act)
+            return finished_gate(gate.add_(bias), residual, self.gate_act)
         bias = _leading(self.bias, tokens, 1) if not self.toeplitz else self.bias
-        return spatial_gating(u, v, self._matrix(tokens, mask), bias, residual, self.gate_act)
+        return finished_gate(spatial_projection(v, self._matrix(tokens, mask), bias), residual, self.gate_act)
 
     def trained_grid(self, own: Mapping[str, Tensor]) -> Grid:
         return (own["bias"].shape[-1],)
@@ -241,6 +238,16 @@ class SpatialGatingUnit(GridBound):
     def set_grid_size(self, grid: Grid, new_grid: Grid) -> None:
         super().set_grid_size(grid, new_grid)
         self.tokens = math.prod(new_grid)
+
+    def _check_length(self, tokens: int) -> None:
+        if not self.toeplitz and tokens > self.tokens:
+            raise ValueError(f"the input has {tokens} tokens, the spatial gating unit takes at most {self.tokens}")
+
+    def _plain_parameters(self, tokens: int) -> tuple[Tensor, Tensor, float, Tensor, Tensor]:
+        """What `normalized_spatial_gating` reads for so many tokens, in its order."""
+        self._check_length(tokens)
+        norm = self.norm
+        return norm.weight, norm.bias, norm.eps, _leading(self.weight, tokens, 1, 2), _leading(self.bias, tokens, 1)
 
     def _is_plain(self) -> bool:
         """Whether the gate is a dense product of the norm and nothing else."""
@@ -294,6 +301,49 @@ class SpatialGatingUnit(GridBound):
         kind = "toeplitz" if self.toeplitz else "dense"
         heads = self.weight.shape[0]
         return f"tokens={self.tokens}, heads={heads}, split={self.split}, causal={self.causal}, weight={kind}"
+
+
+def gated_feed_forward(
+    proj_in: nn.Module,
+    act: nn.Module,
+    sgu: nn.Module,
+    proj_out: nn.Module,
+    x: Float[Tensor, "batch tokens channels"],
+    mask: Bool[Tensor, "*rows tokens tokens"] | None = None,
+    padding: Bool[Tensor, "batch tokens"] | None = None,
+    past: Past | None = None,
+) -> Float[Tensor, "batch tokens channels"]:
+    """What a block adds, `proj_out(sgu(act(proj_in(x))))` (gMLP, section 2), in the form that fits what torch does.
+
+    In training the halves of the expansion are two products, so that none is read out of the other's rows, and backward
+    keeps both, before and behind the activation, and the gate; it computes the norm and the gated tensor again.
+
+    Args:
+        proj_in: the expansion.
+        act: the activation, element by element.
+        sgu: the spatial gating unit.
+        proj_out: the projection back.
+        x: the block's normalised input, which the tiny attention reads too.
+        mask: as in `SpatialGatingUnit.forward`.
+        padding: likewise.
+        past: likewise.
+    """
+    if not _trains_by_halves(sgu, x):
+        return mapped(proj_out, sgu(mapped(proj_in, x, act), x, mask, padding, past))
+    if is_plain_linear(proj_in, x) and not is_watched(act):
+        weights = proj_in.weight.chunk(2)
+        biases = (None, None) if proj_in.bias is None else proj_in.bias.chunk(2)
+        u, v = (act(F.linear(x, weight, bias)) for weight, bias in zip(weights, biases, strict=True))
+    else:
+        u, v = act(proj_in(x)).chunk(2, dim=-1)
+    return linear_after(proj_out, torch.mul, u, sgu.gate(v, x, mask, padding, past))
+
+
+def _trains_by_halves(sgu: nn.Module, x: Tensor) -> TypeGuard[SpatialGatingUnit]:
+    """Whether nobody notices, in training on inputs like `x`, that the unit's `gate` is called in the unit's place."""
+    if type(sgu) is not SpatialGatingUnit or not sgu.split or is_watched(sgu):
+        return False
+    return is_plain_training(x, sgu.weight) and not takes_fused("normalized_spatial_gating", "auto", x, sgu.weight)
 
 
 def _leading(x: Tensor, tokens: int, *axes: int) -> Tensor:

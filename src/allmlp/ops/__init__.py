@@ -12,8 +12,6 @@ from allmlp.ops.permute_linear import permute_linear, permute_linear_reference
 from allmlp.ops.recomputing import recomputing_linear, recomputing_linear_reference
 from allmlp.ops.scaled_add import scaled_add, scaled_add_reference
 from allmlp.ops.spatial_gating import (
-    activated_spatial_gating,
-    activated_spatial_gating_reference,
     apply_gate,
     normalized_spatial_gating,
     normalized_spatial_gating_reference,
@@ -39,8 +37,6 @@ from allmlp.ops.token_linear import token_linear, token_linear_reference
 from allmlp.ops.token_shift import token_shift
 
 __all__ = [
-    "activated_spatial_gating",
-    "activated_spatial_gating_reference",
     "apply_gate",
     "axial_shift",
     "axial_shift_linear",

@@ -4,7 +4,7 @@ Shape suffixes: B batch, M tokens written, N tokens read, H spatial heads, E gat
 """
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from allmlp.ops.backends import Backend, takes_fused
-from allmlp.ops.execution import autocast, is_plain_training
-from allmlp.ops.recomputing import autocast_state, gradients
-from allmlp.ops.token_linear import bias_gradient, input_gradient, token_linear, weight_gradient
+from allmlp.ops.execution import autocast
+from allmlp.ops.recomputing import recomputing_linear
+from allmlp.ops.token_linear import token_linear
 
 
 def spatial_gating_reference(
@@ -63,31 +63,42 @@ def spatial_gating(
     Returns:
         The gated tensor, shaped like `u`. Products accumulate in float32 for 16-bit inputs.
     """
+    return apply_gate(u, finished_gate(spatial_projection(v, weight, bias), residual, gate_act))
+
+
+def spatial_projection(
+    v: Float[Tensor, "batch read channels"],
+    weight: Float[Tensor, "*rows heads written read"],
+    bias: Float[Tensor, "*#rows heads #written"],
+) -> Float[Tensor, "batch written channels"]:
+    """`W v + b` of `spatial_gating`, a fresh tensor."""
     heads = weight.shape[-3]
     if heads == 1 and weight.dim() == 3 and bias.dim() == 2:
-        gate = token_linear(v, weight.squeeze(0), bias.squeeze(0))
-    elif heads == 1:
+        return token_linear(v, weight.squeeze(0), bias.squeeze(0))
+    if heads == 1:
         gate = torch.matmul(weight.squeeze(-3), v)
-        gate = gate.add_(bias.squeeze(-2).unsqueeze(-1))
-    else:
-        v_BHNP = v.unflatten(-1, (heads, -1)).transpose(1, 2)
-        gate_BHMP = torch.matmul(weight, v_BHNP)
-        gate_BHMP = gate_BHMP.add_(bias.unsqueeze(-1))
-        gate = gate_BHMP.transpose(1, 2).flatten(2)
-    return apply_gate(u, gate, residual, gate_act)
+        return gate.add_(bias.squeeze(-2).unsqueeze(-1))
+    v_BHNP = v.unflatten(-1, (heads, -1)).transpose(1, 2)
+    gate_BHMP = torch.matmul(weight, v_BHNP)
+    gate_BHMP = gate_BHMP.add_(bias.unsqueeze(-1))
+    return gate_BHMP.transpose(1, 2).flatten(2)
 
 
-def apply_gate(
-    u: Float[Tensor, "batch tokens channels"],
+def finished_gate(
     gate: Float[Tensor, "batch tokens channels"],
     residual: Float[Tensor, "batch tokens channels"] | None = None,
     gate_act: Callable[[Tensor], Tensor] | None = None,
 ) -> Float[Tensor, "batch tokens channels"]:
-    """`u ⊙ act(gate + residual)`. The gate is taken over: it must be a fresh tensor that nobody else reads."""
+    """`act(gate + residual)`. The gate is taken over: it must be a fresh tensor that nobody else reads."""
     if residual is not None:
         gate = gate.add_(residual)
-    if gate_act is not None:
-        gate = gate_act(gate)
+    return gate if gate_act is None else gate_act(gate)
+
+
+def apply_gate(
+    u: Float[Tensor, "batch tokens channels"], gate: Float[Tensor, "batch tokens channels"]
+) -> Float[Tensor, "batch tokens channels"]:
+    """`u ⊙ gate`. The gate is taken over: it must be a fresh tensor that nobody else reads."""
     if torch.is_grad_enabled() or torch.jit.is_tracing() or gate.dtype != u.dtype:
         return u * gate
     # Nothing is kept for backward: the gate's memory serves for the result.
@@ -150,107 +161,27 @@ def normalized_spatial_gating(
         u, v, weight, bias = autocast(u, v, weight, bias)
         mean, rstd = token_statistics(v.detach(), norm_eps)
         return gated_product(u, v, mean, rstd, norm_weight, norm_bias, weight, bias, causal)
-    z = F.layer_norm(v, norm_weight.shape, norm_weight, norm_bias, norm_eps)
-    return spatial_gating(u, z, weight.tril() if causal else weight, bias)
+    return apply_gate(u, normalized_projection(v, norm_weight, norm_bias, norm_eps, weight, bias, causal=causal))
 
 
-def activated_spatial_gating_reference(
-    x: Float[Tensor, "batch tokens two_channels"],
+def normalized_projection(
+    v: Float[Tensor, "batch read channels"],
     norm_weight: Float[Tensor, " channels"],
     norm_bias: Float[Tensor, " channels"],
     norm_eps: float,
-    weight: Float[Tensor, "tokens tokens"],
-    bias: Float[Tensor, " #tokens"],
-    act: Callable[[Tensor], Tensor] = F.gelu,
-) -> Float[Tensor, "batch tokens channels"]:
-    """`activated_spatial_gating` with everything kept."""
-    u, v = act(x).chunk(2, dim=-1)
-    return normalized_spatial_gating(u, v, norm_weight, norm_bias, norm_eps, weight[None], bias[None])
+    weight: Float[Tensor, "heads written read"],
+    bias: Float[Tensor, " heads #written"],
+    *,
+    causal: bool = False,
+) -> Float[Tensor, "batch written channels"]:
+    """`W·LN(v) + b` of `normalized_spatial_gating`, a fresh tensor. With one head, backward keeps `v`, not its norm."""
+
+    norm = partial(_layer_norm, norm_eps)
+    weight = weight.tril() if causal else weight
+    if weight.shape[0] == 1:
+        return recomputing_linear("tokens", norm, (v, norm_weight, norm_bias), weight.squeeze(0), bias.squeeze(0))
+    return spatial_projection(norm(v, norm_weight, norm_bias), weight, bias)
 
 
-def activated_spatial_gating(
-    x: Float[Tensor, "batch tokens two_channels"],
-    norm_weight: Float[Tensor, " channels"],
-    norm_bias: Float[Tensor, " channels"],
-    norm_eps: float,
-    weight: Float[Tensor, "tokens tokens"],
-    bias: Float[Tensor, " #tokens"],
-    act: Callable[[Tensor], Tensor] = F.gelu,
-) -> Float[Tensor, "batch tokens channels"]:
-    """The spatial gating unit with one head and the activation in front of it: `u ⊙ (W·LN(v) + b)`, `(u, v) = act(x)`.
-
-    Backward keeps `x` and the gate, and writes the gradients of both halves where that of `x` will be.
-
-    Args:
-        x: a block's expansion.
-        norm_weight: the layer norm's scale.
-        norm_bias: the layer norm's shift.
-        norm_eps: the layer norm's epsilon.
-        weight: `W`, row = token written, column = token read.
-        bias: `b`; one number for all tokens is enough.
-        act: an activation, element by element.
-
-    Returns:
-        The gated tensor, as wide as a half. Where nothing is kept for backward, for what reads along, and where
-        `normalized_spatial_gating` takes its fused form, this is the plain form.
-    """
-    tensors = (x, norm_weight, norm_bias, weight, bias)
-    if is_plain_training(*tensors) and not takes_fused("normalized_spatial_gating", "auto", *tensors):
-        return _ActivatedGating.apply(act, norm_eps, *tensors)
-    return activated_spatial_gating_reference(x, norm_weight, norm_bias, norm_eps, weight, bias, act)
-
-
-class _ActivatedGating(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        act: Callable[[Tensor], Tensor],
-        norm_eps: float,
-        x: Tensor,
-        norm_weight: Tensor,
-        norm_bias: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-    ) -> Tensor:
-        ctx.act, ctx.norm_eps, ctx.autocast = act, norm_eps, autocast_state(x)
-        u, v = act(x).chunk(2, dim=-1)
-        gate = token_linear(F.layer_norm(v, norm_weight.shape, norm_weight, norm_bias, norm_eps), weight, bias)
-        ctx.save_for_backward(x, norm_weight, norm_bias, weight, bias, gate)
-        return u * gate
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        *given, gate = ctx.saved_tensors
-        x, norm_weight, norm_bias, weight, bias = given
-        needs = ctx.needs_input_grad[2:]
-        needs_x, _, _, needs_weight, needs_bias = needs
-        # With gradients on, gradients of these gradients are wanted: autograd then records the plain form's graph.
-        again = torch.is_grad_enabled()
-        with torch.enable_grad(), torch.autocast(*ctx.autocast):
-            if again:
-                out = activated_spatial_gating_reference(x, norm_weight, norm_bias, ctx.norm_eps, weight, bias, ctx.act)
-                return None, None, *gradients(out, given, needs, grad, create_graph=True)
-            x = x.detach().requires_grad_(needs_x)
-            activated = ctx.act(x)
-            u, v = activated.detach().chunk(2, dim=-1)
-            # The half is a strided view, which the norm and its backward would each copy.
-            v, scale, shift = normed = [
-                t.detach().requires_grad_(need)
-                for t, need in zip((v.contiguous(), norm_weight, norm_bias), needs[:3], strict=True)
-            ]
-            z = F.layer_norm(v, scale.shape, scale, shift, ctx.norm_eps)
-        grad_gate = grad * u
-        grad_weight = weight_gradient(grad_gate, z.detach().to(grad_gate.dtype)) if needs_weight else None
-        grad_bias = bias_gradient(grad_gate).sum_to_size(bias.shape) if needs_bias else None
-        grad_x = grad_v = grad_scale = grad_shift = None
-        if any(needs[:3]):
-            grad_z = input_gradient(grad_gate, weight.to(grad_gate.dtype)).to(z.dtype)
-            grad_v, grad_scale, grad_shift = gradients(z, normed, needs[:3], grad_z)
-        if grad_v is not None:
-            grad_activated = torch.empty_like(activated)
-            grad_u, rest = grad_activated.chunk(2, dim=-1)
-            torch.mul(grad, gate, out=grad_u)
-            rest.copy_(grad_v)
-            (grad_x,) = torch.autograd.grad(activated, x, grad_activated)
-        return None, None, grad_x, grad_scale, grad_shift, grad_weight, grad_bias
+def _layer_norm(eps: float, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    return F.layer_norm(x, scale.shape, scale, shift, eps)

@@ -2,13 +2,12 @@
 
 from functools import partial
 
-import torch
 from jaxtyping import Float
 from timm.layers import DropPath
 from torch import Tensor, nn
 
 from allmlp.layers import PatchEmbedding, SpatialGatingUnit
-from allmlp.layers.recomputing import mapped
+from allmlp.layers.spatial_gating import gated_feed_forward
 from allmlp.vision.base import VisionMLP, column_levels, depth_decayed
 from allmlp.vision.registry import register_family
 
@@ -72,12 +71,10 @@ class GMLPBlock(nn.Module):
         tokens = x.flatten(1, 2)
         normed = self.norm(tokens)
         if self.training and self.drop1.p > 0:
-            gated = self.sgu(self.drop1(self.act(self.proj_in(normed))), normed)
-        elif torch.is_grad_enabled():
-            gated = self.sgu(self.proj_in(normed), normed, act=self.act)
+            y = self.proj_out(self.sgu(self.drop1(self.act(self.proj_in(normed))), normed))
         else:
-            gated = self.sgu(mapped(self.proj_in, normed, self.act), normed)
-        return (tokens + self.drop_path(self.drop2(mapped(self.proj_out, gated)))).view_as(x)
+            y = gated_feed_forward(self.proj_in, self.act, self.sgu, self.proj_out, normed)
+        return (tokens + self.drop_path(self.drop2(y))).view_as(x)
 
 
 class GMLP(VisionMLP):

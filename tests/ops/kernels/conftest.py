@@ -3,6 +3,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._device import _device_constructors
 
 from allmlp.ops.kernels import gathered_linear
 from allmlp.ops.kernels.gathered_linear import Blocks
@@ -19,6 +20,8 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return new
 
+    # torch remembers the functions that `with torch.device(…)` concerns; asked first now, it would remember these.
+    _device_constructors()
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
 

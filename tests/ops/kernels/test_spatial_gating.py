@@ -3,14 +3,11 @@ from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from allmlp.ops import (
-    activated_spatial_gating,
-    backends,
-    normalized_spatial_gating,
-    normalized_spatial_gating_reference,
-)
+from allmlp.layers import SpatialGatingUnit
+from allmlp.layers.spatial_gating import gated_feed_forward
+from allmlp.ops import backends, normalized_spatial_gating, normalized_spatial_gating_reference
 from allmlp.ops.kernels import spatial_gating as kernels
 from allmlp.ops.kernels.spatial_gating import Blocks
 from tests.ops.kernels.parity import DEVICE, DTYPES, assert_matches
@@ -122,14 +119,18 @@ def test_the_weights_upper_triangle_is_neither_read_nor_given_a_gradient(small_t
     assert grad_v.isfinite().all()
 
 
-def test_the_unit_with_its_activation_takes_it_where_it_is_on(small_tiles, monkeypatch: pytest.MonkeyPatch) -> None:
-    u, v, norm_weight, norm_bias, weight, bias = (x.to(DEVICE).requires_grad_() for x in inputs(2, 5, 5, 6, 1))
-    given = (torch.cat((u, v), -1), norm_weight, norm_bias, 1e-5, weight[0], bias[0], torch.tanh)
-    expected = activated_spatial_gating(*given)
+def test_a_feed_forward_network_takes_it_where_it_is_on(small_tiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    sgu = SpatialGatingUnit(12, 5).to(DEVICE)
+    proj_in, proj_out = (nn.Linear(*size, device=DEVICE) for size in [(8, 12), (6, 8)])
+    network = partial(gated_feed_forward, proj_in, nn.Tanh(), sgu, proj_out, torch.randn(2, 5, 8, device=DEVICE))
+    expected = network()
+    taken: list[Tensor] = []
+    product = kernels.gated_product
+    monkeypatch.setattr(kernels, "gated_product", lambda *given: taken.append(product(*given)) or taken[-1])
     monkeypatch.setattr(backends, "_fused", True)
-    out = activated_spatial_gating(*given)
-    assert "gated_product" in repr(out.grad_fn)
-    assert_close(out, expected.double())
+    assert_close(network(), expected.double())
+    assert len(taken) == 1
+    assert taken[0].requires_grad
 
 
 def test_only_the_gradients_asked_for_are_computed(small_tiles, monkeypatch: pytest.MonkeyPatch) -> None:
