@@ -22,6 +22,15 @@ def test_token_mixing_mlp_matches_reference() -> None:
     assert_matches(TokenMixingMLP(9, 5), lambda p, x: token_mixing(p, "", x), torch.randn(2, 9, 4))
 
 
+@pytest.mark.parametrize(("dtype", "times"), [(torch.float32, 1), (torch.bfloat16, 2)], ids=str)
+def test_the_hidden_layer_is_kept_behind_the_activation_in_16_bits_alone(dtype: torch.dtype, times: int) -> None:
+    mlp, x = TokenMixingMLP(9, 5).to(dtype), torch.randn(2, 9, 4, dtype=dtype)
+    kept: dict[int, torch.Tensor] = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
+        mlp(x)
+    assert sum(t.shape == (2, 5, 4) for t in kept.values()) == times
+
+
 class Adapter(TokenLinear):
     """Stands where a `TokenLinear` was, and computes something else."""
 
