@@ -49,7 +49,13 @@ class _ScaledAdd(torch.autograd.Function):
         scale, x = ctx.saved_tensors
         needs_offset, needs_scale, needs_x = ctx.needs_input_grad
         return (
-            grad.sum_to_size(ctx.offset_shape).to(ctx.offset_dtype) if needs_offset else None,
-            (grad * x).sum_to_size(scale.shape).to(scale.dtype) if needs_scale else None,
+            _summed_to(ctx.offset_shape, grad).to(ctx.offset_dtype) if needs_offset else None,
+            # A product of one dtype and its conversion take less time than a product of two.
+            _summed_to(scale.shape, grad * x.to(grad.dtype)).to(scale.dtype) if needs_scale else None,
             (grad * scale).to(x.dtype) if needs_x else None,
         )
+
+
+def _summed_to(shape: torch.Size, x: Tensor) -> Tensor:
+    """`x`, or its sum over all but the channels: over one axis torch takes half the time of two."""
+    return x if x.shape == shape else x.flatten(0, -2).sum(0)
