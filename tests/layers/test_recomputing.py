@@ -3,7 +3,7 @@ import torch
 from torch import Tensor, nn
 
 from allmlp.layers import TokenLinear
-from allmlp.layers.recomputing import mapped
+from allmlp.layers.recomputing import mapped, mapped_halves
 
 LAYERS = {"channels": (nn.Linear(6, 8), (2, 5, 6)), "tokens": (TokenLinear(5, 7), (2, 5, 6))}
 
@@ -78,3 +78,48 @@ def test_gradients_and_transforms_get_the_plain_form(written: list) -> None:
     with torch.no_grad():
         assert torch.equal(torch.func.vmap(lambda row: mapped(linear, row, act))(x), act(linear(x)))
     assert not written
+
+
+def with_bias(linear: nn.Linear, act: nn.Module) -> None:
+    pass
+
+
+def without_bias(linear: nn.Linear, act: nn.Module) -> None:
+    linear.bias = None
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("act", [nn.GELU(), nn.GELU("tanh"), nn.SiLU()], ids=str)
+@pytest.mark.parametrize("change", [with_bias, without_bias])
+def test_halves_are_contiguous(change, act: nn.Module, grad: bool) -> None:
+    linear, x = nn.Linear(6, 8), torch.randn(2, 5, 6)
+    change(linear, act)
+    with torch.set_grad_enabled(grad):
+        u, v = mapped_halves(linear, x, act)
+        torch.testing.assert_close(torch.cat((u, v), -1), act(linear(x)))
+    assert u.is_contiguous()
+    assert v.is_contiguous()
+    if grad:
+        (u.sum() + v.square().sum()).backward()
+        got = [p.grad for p in linear.parameters()]
+        linear.zero_grad()
+        u, v = act(linear(x)).chunk(2, -1)
+        (u.sum() + v.square().sum()).backward()
+        for gradient, expected in zip(got, (p.grad for p in linear.parameters()), strict=True):
+            torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("watch", [_hooked, _act_hooked])
+def test_halves_of_what_somebody_watches(watch) -> None:
+    linear, act, x = nn.Linear(6, 8), nn.GELU(), torch.randn(2, 5, 6)
+    shapes: list[torch.Size] = []
+    act.register_forward_hook(lambda module, given, out: shapes.append(out.shape))
+    watch(linear, act)
+    halves = mapped_halves(linear, x, act)
+    assert torch.equal(torch.cat(halves, -1), act(linear(x)))
+    assert shapes == [(2, 5, 8)] * 2
+
+
+def test_halves_of_an_adapter() -> None:
+    adapter, act, x = nn.Sequential(nn.Linear(6, 8)), nn.GELU(), torch.randn(2, 5, 6)
+    assert torch.equal(torch.cat(mapped_halves(adapter, x, act), -1), act(adapter(x)))

@@ -54,6 +54,24 @@ def mapped(linear: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor
     return y if act is None else act(y)
 
 
+def mapped_halves(linear: nn.Module, x: Tensor, act: nn.Module) -> tuple[Tensor, Tensor]:
+    """The halves of `act(linear(x))`'s channels, each contiguous where `linear` and `act` are plain.
+
+    Args:
+        linear: the layer; one that is no plain `nn.Linear`, or is watched, is called as it is.
+        x: what it is given.
+        act: the activation, element by element; one that is watched is called once.
+    """
+    if not is_plain_linear(linear, x) or is_watched(act):
+        u, v = mapped(linear, x, act).chunk(2, dim=-1)
+        return u, v
+    gelu = act.approximate if type(act) is nn.GELU else None
+    weights = linear.weight.chunk(2)
+    biases = (None, None) if linear.bias is None else linear.bias.chunk(2)
+    u, v = (ops.linear(x, *half, gelu) for half in zip(weights, biases, strict=True))  # type: ignore[arg-type]
+    return (u, v) if gelu is not None else (act(u), act(v))
+
+
 def linear_act_linear(fc1: nn.Module, act: nn.Module, fc2: nn.Module, x: Tensor) -> Tensor:
     """`fc2(act(fc1(x)))`, keeping the hidden layer once: for backward before the activation, in inference behind it."""
     if torch.is_grad_enabled():

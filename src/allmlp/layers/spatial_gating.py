@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from allmlp.layers.recomputing import is_plain_linear, is_watched, linear_after, mapped
+from allmlp.layers.recomputing import is_watched, linear_after, mapped, mapped_halves
 from allmlp.layers.resampling import GridBound
 from allmlp.ops import normalized_spatial_gating, toeplitz_matrix, toeplitz_product
 from allmlp.ops.backends import takes_fused
-from allmlp.ops.execution import is_plain_training
+from allmlp.ops.execution import is_plain_inference, is_plain_training
 from allmlp.ops.resampling import Grid, resample_read, resample_written
 from allmlp.ops.spatial_gating import apply_gate, finished_gate, normalized_projection, spatial_projection
 
@@ -315,8 +315,8 @@ def gated_feed_forward(
 ) -> Float[Tensor, "batch tokens channels"]:
     """What a block adds, `proj_out(sgu(act(proj_in(x))))` (gMLP, section 2), in the form that fits what torch does.
 
-    In training the halves of the expansion are two products, so that none is read out of the other's rows, and backward
-    keeps both, before and behind the activation, and the gate; it computes the norm and the gated tensor again.
+    The halves of the expansion are two products, so that neither has to be read out of the other's rows. Backward keeps
+    both, before and behind the activation, and the gate; it computes the norm and the gated tensor again.
 
     Args:
         proj_in: the expansion.
@@ -328,22 +328,21 @@ def gated_feed_forward(
         padding: likewise.
         past: likewise.
     """
-    if not _trains_by_halves(sgu, x):
+    if past is not None or not _takes_halves(sgu, x):
         return mapped(proj_out, sgu(mapped(proj_in, x, act), x, mask, padding, past))
-    if is_plain_linear(proj_in, x) and not is_watched(act):
-        weights = proj_in.weight.chunk(2)
-        biases = (None, None) if proj_in.bias is None else proj_in.bias.chunk(2)
-        u, v = (act(F.linear(x, weight, bias)) for weight, bias in zip(weights, biases, strict=True))
-    else:
-        u, v = act(proj_in(x)).chunk(2, dim=-1)
-    return linear_after(proj_out, torch.mul, u, sgu.gate(v, x, mask, padding, past))
+    u, v = mapped_halves(proj_in, x, act)
+    gate = sgu.gate(v, x, mask, padding)
+    if torch.is_grad_enabled():
+        return linear_after(proj_out, torch.mul, u, gate)
+    return mapped(proj_out, apply_gate(u, gate))
 
 
-def _trains_by_halves(sgu: nn.Module, x: Tensor) -> TypeGuard[SpatialGatingUnit]:
-    """Whether nobody notices, in training on inputs like `x`, that the unit's `gate` is called in the unit's place."""
-    if type(sgu) is not SpatialGatingUnit or not sgu.split or is_watched(sgu):
+def _takes_halves(sgu: nn.Module, x: Tensor) -> TypeGuard[SpatialGatingUnit]:
+    """Whether nobody notices, for inputs like `x`, that the unit's `gate` is called in the unit's place."""
+    if type(sgu) is not SpatialGatingUnit or not sgu.split or is_watched(sgu) or not isinstance(x, Tensor):
         return False
-    return is_plain_training(x, sgu.weight) and not takes_fused("normalized_spatial_gating", "auto", x, sgu.weight)
+    plain = is_plain_inference() or is_plain_training(x, sgu.weight)
+    return plain and not takes_fused("normalized_spatial_gating", "auto", x, sgu.weight)
 
 
 def _leading(x: Tensor, tokens: int, *axes: int) -> Tensor:

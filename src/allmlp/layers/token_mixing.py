@@ -46,7 +46,7 @@ class TokenMixingMLP(GridBound):
             return self.drop2(mapped(self.fc2, mapped(self.fc1, x, self.act)))
         hidden = self.fc1(x)
         # Products of 16 bits are so fast that an activation computed twice shows in the step.
-        keeps = hidden.dtype in (torch.bfloat16, torch.float16)
+        keeps = isinstance(hidden, Tensor) and hidden.dtype in (torch.bfloat16, torch.float16)
         return self.drop2(self.fc2(self.act(hidden)) if keeps else linear_after(self.fc2, self.act, hidden))
 
     def trained_grid(self, own: Mapping[str, Tensor]) -> Grid:
