@@ -346,7 +346,9 @@ def _takes_halves(sgu: nn.Module, x: Tensor) -> TypeGuard[SpatialGatingUnit]:
 
 
 def _leading(x: Tensor, tokens: int, *axes: int) -> Tensor:
-    """The first `tokens` of `x` along some axes."""
+    """The first `tokens` of `x` along some axes; for all of them `x` itself, unless a compiler would fix the length."""
+    if not torch.compiler.is_compiling() and all(x.shape[axis] == tokens for axis in axes):
+        return x
     for axis in axes:
         if torch.compiler.is_exporting():
             # A view's memory layout would tie the exported graph to lengths below the trained one.
