@@ -4,12 +4,14 @@
     python benchmarks/speed.py engines --peer-path …
     python benchmarks/speed.py eager --task inference --batch-size 1 --rounds 25 --name speed_latency --peer-path …
     python benchmarks/speed.py eager --compiled --task inference --rounds 15 --name speed_compiled --peer-path …
+    python benchmarks/speed.py eager --compiled --task training --rounds 7 --name speed_compiled_training --peer-path …
     python benchmarks/speed.py page
 
 `--peer-path …` stands for three: AS-MLP=DIR, VisionPermutator=DIR and Jittor-MLP=DIR, checkouts of those repositories.
 Each measurement writes `benchmarks/results/speed_<part>.json`, the last command puts all into `docs/speed.md`. On two
-cores they take three (one image) to twenty minutes. `--models` and `--batch-size` restrict or widen what is measured;
-`--cpu-isa AVX512_CORE_BF16` keeps oneDNN from newer instructions (AMX), to compare with machines that lack them.
+cores they take three (one image) to forty minutes (training, compiled). `--models` and `--batch-size` restrict or widen
+what is measured; `--cpu-isa AVX512_CORE_BF16` keeps oneDNN from newer instructions (AMX), to compare with machines that
+lack them.
 """
 
 import argparse
