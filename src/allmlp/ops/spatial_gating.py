@@ -175,7 +175,6 @@ def normalized_projection(
     causal: bool = False,
 ) -> Float[Tensor, "batch written channels"]:
     """`W·LN(v) + b` of `normalized_spatial_gating`, a fresh tensor. With one head, backward keeps `v`, not its norm."""
-
     norm = partial(_layer_norm, norm_eps)
     weight = weight.tril() if causal else weight
     if weight.shape[0] == 1:
