@@ -1,12 +1,14 @@
 """The weighted sum of split attention (ViP, arXiv 2106.12368, and S²-MLPv2, arXiv 2108.01072, eq. 3 to 5)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from allmlp.ops.backends import Backend, takes_fused
+from allmlp.ops.execution import is_plain_training
 
 
 def split_attention_reference(
@@ -39,13 +41,48 @@ def split_attention(
         from allmlp.ops.kernels.split_attention import weigh_branches
 
         return weigh_branches(*branches, logits)
-    weights = logits.softmax(dim=1)[:, :, None, None, :].unbind(dim=1)
-    out = branches[0] * weights[0]
+    weights = logits.softmax(dim=1)
+    return (_WeightedSum.apply if is_plain_training(weights, *branches) else _weighted_sum)(weights, *branches)
+
+
+def _weighted_sum(weights: Tensor, *branches: Tensor) -> Tensor:
+    each = _by_branch(weights)
+    out = branches[0] * each[0]
     # Nothing is kept of the sum, so it can grow in place, save under vmap, which has no rule for that.
     add = torch.Tensor.addcmul if torch._C._are_functorch_transforms_active() else torch.Tensor.addcmul_
-    for branch, weight in zip(branches[1:], weights[1:], strict=True):
+    for branch, weight in zip(branches[1:], each[1:], strict=True):
         out = add(out, branch, weight)
     return out
+
+
+def _by_branch(weights: Tensor) -> tuple[Tensor, ...]:
+    """What each branch of the map is multiplied by."""
+    return weights[:, :, None, None, :].unbind(dim=1)
+
+
+class _WeightedSum(torch.autograd.Function):
+    """The backward of torch's `addcmul` multiplies whole maps by one.
+
+    This one consists of differentiable operations, so that gradients of any order exist.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, *branches: Tensor) -> Tensor:
+        ctx.save_for_backward(weights, *branches)
+        return _weighted_sum(weights, *branches)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        weights, *branches = ctx.saved_tensors
+        needs_weights, *needs = ctx.needs_input_grad
+        grad_weights = None
+        if needs_weights:
+            # A product of one dtype and its conversion take less time than a product of two.
+            sums = [(grad * branch.to(grad.dtype)).flatten(1, 2).sum(1) for branch in branches]
+            grad_weights = torch.stack(sums, 1).to(weights.dtype)
+        each = zip(branches, _by_branch(weights), needs, strict=True)
+        return grad_weights, *((grad * weight).to(branch.dtype) if need else None for branch, weight, need in each)
 
 
 def pool_branches_reference(
@@ -97,6 +134,25 @@ def mean_over_positions(
     The product reads them as they are and accumulates in float32, where torch's reduction first writes them out in
     float32. A compiler's reduction does not, and reads what else it can on the way.
     """
+    return _MeanOverPositions.apply(x) if is_plain_training(x) else _mean_over_positions(x)
+
+
+class _MeanOverPositions(torch.autograd.Function):
+    """Its gradient is the same at every position, and is not written out for each."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.shape = x.shape
+        return _mean_over_positions(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (grad,) = grads
+        _, height, width, _ = ctx.shape
+        return (grad / (height * width))[:, None, None, :].expand(ctx.shape)
+
+
+def _mean_over_positions(x: Tensor) -> Tensor:
     if x.device.type != "cpu" or x.dtype.itemsize != 2 or torch.compiler.is_compiling():
         return mean_over_positions_reference(x)
     positions = x.shape[1] * x.shape[2]
