@@ -24,12 +24,13 @@ def is_compiled_inference() -> bool:
 
 def is_plain_training(*inputs: Tensor | None) -> bool:
     """Whether autograd, and nothing else, keeps something of these for backward, on a device that computes."""
+    if not torch.is_grad_enabled() or _is_traced():
+        return False
     given = [x for x in inputs if x is not None]
     # A symbolic trace (torch.fx) hands over placeholders.
-    if _is_traced() or not all(isinstance(x, Tensor) for x in given):
+    if not all(isinstance(x, Tensor) for x in given):
         return False
-    needed = torch.is_grad_enabled() and any(x.requires_grad for x in given)
-    return needed and not any(x.is_meta for x in given)
+    return any(x.requires_grad for x in given) and not any(x.is_meta for x in given)
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
