@@ -1,9 +1,11 @@
 import pytest
 import torch
+from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
-from allmlp.layers import TokenLinear
-from allmlp.layers.recomputing import mapped, mapped_halves
+from allmlp.layers import AxialShift, ChannelMLP, PermuteMLP, TokenLinear, WeightedPermuteMLP
+from allmlp.layers.recomputing import mapped, mapped_halves, residual
+from allmlp.vision.s2mlpv2 import S2Attention
 
 LAYERS = {"channels": (nn.Linear(6, 8), (2, 5, 6)), "tokens": (TokenLinear(5, 7), (2, 5, 6))}
 
@@ -123,3 +125,62 @@ def test_halves_of_what_somebody_watches(watch) -> None:
 def test_halves_of_an_adapter() -> None:
     adapter, act, x = nn.Sequential(nn.Linear(6, 8)), nn.GELU(), torch.randn(2, 5, 6)
     assert torch.equal(torch.cat(mapped_halves(adapter, x, act), -1), act(adapter(x)))
+
+
+BRANCHES = {
+    "channel_mlp": lambda: ChannelMLP(8, 16, drop=0.5),
+    "permute_mlp": lambda: PermuteMLP(8, (3, 4), 2),
+    "weighted_permute_mlp": lambda: WeightedPermuteMLP(8, (3, 4), 2),
+    "axial_shift": lambda: AxialShift(8, 3, drop=0.5),
+    "s2_attention": lambda: S2Attention(8),
+}
+
+
+class _Tripled(ChannelMLP):
+    """A branch derived from one that adds, without the argument for it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 3 * super().forward(x)
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", BRANCHES)
+def test_branches_add_what_they_are_given(name: str, dtype: torch.dtype, grad: bool) -> None:
+    branch, drop_path = BRANCHES[name]().to(dtype).train(grad), DropPath(0.5).train(grad)
+    x, given = torch.randn(2, 3, 4, 8, dtype=dtype), torch.randn(2, 3, 4, 8, dtype=dtype)
+    before = x.clone()
+    # In 16 bits the sum is rounded once and not twice.
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
+    for form, plain in (
+        (lambda: residual(x, branch, given, drop_path), lambda: x + drop_path(branch(given))),
+        (lambda: branch(given, x), lambda: x + branch(given)),
+    ):
+        outs = []
+        for run in (form, plain):
+            torch.manual_seed(3)
+            with torch.set_grad_enabled(grad):
+                outs.append(run())
+        torch.testing.assert_close(*outs, **tolerance)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("watched", ["branch", "drop_path", "last"])
+def test_who_watches_a_branch_sees_what_it_gives(watched: str) -> None:
+    branch, drop_path = ChannelMLP(8, 16).eval(), DropPath(0.5).eval()
+    x, given = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+    seen: list[Tensor] = []
+    module = {"branch": branch, "drop_path": drop_path, "last": branch.drop2}[watched]
+    module.register_forward_hook(lambda module, given, out: seen.append(out))
+    with torch.no_grad():
+        out = residual(x, branch, given, drop_path)
+    torch.testing.assert_close(seen[0], Mlp.forward(branch, given))
+    torch.testing.assert_close(out, x + seen[0])
+
+
+@pytest.mark.parametrize("branch", [_Tripled(8, 16), nn.Linear(8, 8)], ids=["derived", "another"])
+def test_other_branches_are_added_to(branch: nn.Module) -> None:
+    x, given = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+    with torch.no_grad():
+        out = residual(x, branch.eval(), given, DropPath(0.5).eval())
+        torch.testing.assert_close(out, x + branch(given))

@@ -1,6 +1,7 @@
 """The linear map and its GELU against torch's two calls, and when oneDNN's epilogue takes their place."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from allmlp.ops import linear, linear_reference
+from allmlp.ops import linear, linear_onto, linear_onto_reference, linear_reference
 from allmlp.ops.linear import _MULTIPLIES_BFLOAT16, linear_weight_gradient
 from tests.tolerances import assert_close
 
@@ -41,6 +42,11 @@ def stored(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         found.append(after)
         return operator(x, weight, bias, after, *rest)
 
+    def recorded_binary(*given: Any) -> Tensor:
+        found.append(given[-1])
+        return operator.binary(*given)
+
+    recorded.binary = recorded_binary  # type: ignore[attr-defined]
     monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", recorded)
     return found
 
@@ -144,3 +150,51 @@ def test_gradient_of_the_weight(dtype: torch.dtype, read: int, written: int, row
     assert found.dtype == dtype
     assert found.is_contiguous()
     assert_close(found, weight.grad)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("batch", [(1,), (7,), (2, 3, 5), (0, 4)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_onto_against_two_calls(dtype: torch.dtype, batch: tuple[int, ...], bias: bool) -> None:
+    onto = torch.randn(*batch, 40).to(dtype).requires_grad_()
+    given = [onto, *_drawn(dtype, *batch, bias=bias)]
+    exact = linear_onto_reference(*(t if t is None else t.double() for t in given))
+    before = onto.detach().clone()
+    with torch.no_grad():
+        out = linear_onto(*given)
+    assert out.dtype == dtype
+    assert torch.equal(onto, before)
+    assert_close(out, exact)
+    trained = linear_onto(*given)
+    assert_close(trained, exact)
+    (grad,) = torch.autograd.grad(trained.sum(), onto)
+    assert torch.equal(grad, torch.ones_like(onto))
+
+
+@multiplies_bfloat16
+def test_onto_is_added_as_the_product_is_stored(stored: list[str]) -> None:
+    given = _drawn(torch.bfloat16, 2, 3)
+    onto = torch.randn(2, 3, 40, dtype=torch.bfloat16)
+    with torch.no_grad():
+        linear_onto(onto, *given)
+        assert stored == ["add"]
+        # What oneDNN would not read as it is meant is added by torch.
+        for other in (onto.float(), onto.transpose(0, 1).contiguous().transpose(0, 1)):
+            expected = linear_onto_reference(other.double(), *(t.double() for t in given))
+            assert_close(linear_onto(other, *given).bfloat16(), expected)
+        assert stored == ["add", "none", "none"]
+        with FlopCounterMode(display=False) as counter:
+            linear_onto(onto, *given)
+        assert counter.get_total_flops() == 2 * 6 * 24 * 40
+    linear_onto(onto, *given)
+    assert stored == ["add", "none", "none"]
+
+
+def test_onto_under_autocast() -> None:
+    given = _drawn(torch.float32, 2, 3)
+    for dtype in (torch.float32, torch.bfloat16):
+        onto = torch.randn(2, 3, 40, dtype=dtype)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            out, expected = linear_onto(onto, *given), linear_onto_reference(onto, *given)
+        assert out.dtype == expected.dtype
+        torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)

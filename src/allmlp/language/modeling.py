@@ -74,10 +74,11 @@ class GMLPBlock(GradientCheckpointingLayer):
         x = self.norm(hidden_states)
         if self.shift:
             x = self._shifted(x, padding, past_key_values)
-        y = gated_feed_forward(self.proj_in, self.act, self.sgu, self.proj_out, x, mask, padding, past_key_values)
-        if self.training:
-            y = self.drop_path(self.dropout(y))
-        return hidden_states + y
+        parts = self.proj_in, self.act, self.sgu, self.proj_out
+        if not self.training:
+            return gated_feed_forward(*parts, x, mask, padding, past_key_values, onto=hidden_states)
+        y = gated_feed_forward(*parts, x, mask, padding, past_key_values)
+        return hidden_states + self.drop_path(self.dropout(y))
 
     def _shifted(self, x: Tensor, padding: Tensor | None, past: Past | None) -> Tensor:
         if padding is not None:

@@ -3,12 +3,21 @@
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from allmlp.layers.recomputing import is_plain_linear, is_watched, linear_after, mapped
+from allmlp.layers.recomputing import (
+    adds_onto,
+    is_plain_linear,
+    is_watched,
+    linear_after,
+    mapped,
+    mapped_onto,
+    pass_unchanged,
+)
 from allmlp.layers.sample_norm import SampleNorm, sample_norm
 from allmlp.ops import axial_shift, axial_shift_linear
 from allmlp.ops.axial_shift import Axis, check_shift_size
 
 
+@adds_onto
 class AxialShift(nn.Module):
     """Mix tokens by shifting channel groups along the width and along the height, between channel projections.
 
@@ -38,13 +47,23 @@ class AxialShift(nn.Module):
         self.conv3 = nn.Linear(channels, channels)
         self.drop = nn.Dropout(drop)
 
-    def forward(self, x: Float[Tensor, "batch height width channels"]) -> Float[Tensor, "batch height width channels"]:
+    def forward(
+        self,
+        x: Float[Tensor, "batch height width channels"],
+        onto: Float[Tensor, "batch height width channels"] | None = None,
+    ) -> Float[Tensor, "batch height width channels"]:
+        """Mix `x`; the result is added to `onto` where that is given."""
         x = self.act(self.norm1(mapped(self.conv1, x)))
         along_width, along_height = self._along(self.conv2_1, x, "width"), self._along(self.conv2_2, x, "height")
         if type(self.norm2) is not SampleNorm or is_watched(self.norm2):
-            return self.drop(self.conv3(self.norm2(self.act(along_width) + self.act(along_height))))
-        y = linear_after(self.conv3, self._merge, along_width, along_height, self.norm2.weight, self.norm2.bias)
-        return self.drop(y)
+            y = self.conv3(self.norm2(self.act(along_width) + self.act(along_height)))
+        else:
+            merged = along_width, along_height, self.norm2.weight, self.norm2.bias
+            if onto is not None and pass_unchanged(x, self.drop):
+                return mapped_onto(onto, self.conv3, self._merge(*merged))
+            y = linear_after(self.conv3, self._merge, *merged)
+        y = self.drop(y)
+        return y if onto is None else onto + y
 
     def _along(self, linear: nn.Linear, x: Tensor, axis: Axis) -> Tensor:
         if is_plain_linear(linear, x):

@@ -4,16 +4,24 @@ from jaxtyping import Float
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from allmlp.layers.recomputing import linear_act_linear
+from allmlp.layers.recomputing import adds_onto, linear_act_linear, mapped, mapped_onto, pass_unchanged
 
 
+@adds_onto
 class ChannelMLP(Mlp):
     """timm's `fc2(GELU(fc1 x))`, which keeps the hidden layer once, not before and behind the activation.
 
     Arguments as for `timm.layers.Mlp`.
     """
 
-    def forward(self, x: Float[Tensor, "*batch channels"]) -> Float[Tensor, "*batch channels"]:
+    def forward(
+        self, x: Float[Tensor, "*batch channels"], onto: Float[Tensor, "*batch channels"] | None = None
+    ) -> Float[Tensor, "*batch channels"]:
+        """Map `x`; the result is added to `onto` where that is given."""
         if (self.training and self.drop1.p > 0) or type(self.norm) is not nn.Identity:
-            return super().forward(x)
-        return self.drop2(linear_act_linear(self.fc1, self.act, self.fc2, x))
+            y = super().forward(x)
+        elif onto is not None and pass_unchanged(x, self.drop2):
+            return mapped_onto(onto, self.fc2, mapped(self.fc1, x, self.act))
+        else:
+            y = self.drop2(linear_act_linear(self.fc1, self.act, self.fc2, x))
+        return y if onto is None else onto + y

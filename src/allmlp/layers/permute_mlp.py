@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from allmlp.layers.recomputing import is_plain_linear, mapped
+from allmlp.layers.recomputing import adds_onto, is_plain_linear, mapped, mapped_onto
 from allmlp.layers.resampling import GridBound
 from allmlp.layers.split_attention import SplitAttention
 from allmlp.ops import permute_linear
@@ -14,6 +14,7 @@ from allmlp.ops.permute_linear import segment_map, segment_rows
 from allmlp.ops.resampling import Grid, resample_read, resample_written
 
 
+@adds_onto
 class PermuteMLP(GridBound):
     """Mix along the height, the width and the channels separately, add the three up and project.
 
@@ -56,9 +57,14 @@ class PermuteMLP(GridBound):
         size = self.grid_size[0 if axis == "height" else 1]
         return segment_map(linear(segment_rows(x, self.segments, axis)), size, axis)
 
-    def forward(self, x: Float[Tensor, "batch height width channels"]) -> Float[Tensor, "batch height width channels"]:
+    def forward(
+        self,
+        x: Float[Tensor, "batch height width channels"],
+        onto: Float[Tensor, "batch height width channels"] | None = None,
+    ) -> Float[Tensor, "batch height width channels"]:
+        """Mix `x`; the result is added to `onto` where that is given."""
         h, w, c = self.mix(x)
-        return mapped(self.proj, h + w + c)
+        return mapped_onto(onto, self.proj, h + w + c)
 
     def trained_grid(self, own: Mapping[str, Tensor]) -> Grid:
         size = self.mlp_c.in_features // self.segments
@@ -88,6 +94,7 @@ class PermuteMLP(GridBound):
         return f"grid_size={self.grid_size}, segments={self.segments}"
 
 
+@adds_onto
 class WeightedPermuteMLP(PermuteMLP):
     """Permute-MLP with split attention in place of the sum: `y = proj(split_attention(x_H, x_W, x_C))`, ViP's default.
 
@@ -98,5 +105,10 @@ class WeightedPermuteMLP(PermuteMLP):
         super().__init__(channels, grid_size, segments)
         self.reweight = SplitAttention(channels, 3, bias=True, layout="channel_major")
 
-    def forward(self, x: Float[Tensor, "batch height width channels"]) -> Float[Tensor, "batch height width channels"]:
-        return mapped(self.proj, self.reweight(self.mix(x)))
+    def forward(
+        self,
+        x: Float[Tensor, "batch height width channels"],
+        onto: Float[Tensor, "batch height width channels"] | None = None,
+    ) -> Float[Tensor, "batch height width channels"]:
+        """Mix `x`; the result is added to `onto` where that is given."""
+        return mapped_onto(onto, self.proj, self.reweight(self.mix(x)))

@@ -1,7 +1,7 @@
 """When a layer may keep less, for backward and in inference, or leave what its parts compute to one operator."""
 
 from collections.abc import Callable
-from typing import TypeGuard
+from typing import TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from allmlp.ops.execution import is_compiled_inference, is_plain_inference, is_p
 from allmlp.ops.linear import gelu_of_product
 from allmlp.ops.recomputing import Across, recomputing_linear
 
+Branch = TypeVar("Branch", bound=nn.Module)
+_ADD_ONTO: set[type[nn.Module]] = set()
 _ACROSS: dict[type[nn.Module], Across] = {nn.Linear: "channels", TokenLinear: "tokens"}
 
 
@@ -52,6 +54,47 @@ def mapped(linear: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor
     if gelu is not None and type(linear) is TokenLinear and not is_watched(linear):
         return gelu_of_product(y, gelu)
     return y if act is None else act(y)
+
+
+def mapped_onto(onto: Tensor | None, linear: nn.Module, x: Tensor) -> Tensor:
+    """`onto + linear(x)`, in inference without a pass of its own for the addition (see `ops.linear_onto`).
+
+    Args:
+        onto: what the product is added to; None for nothing.
+        linear: the layer; one that is no plain `nn.Linear`, or is watched, is called as it is.
+        x: what it is given.
+    """
+    if onto is None:
+        return mapped(linear, x)
+    if is_plain_inference() and is_plain_linear(linear, x):
+        return ops.linear_onto(onto, x, linear.weight, linear.bias)
+    return onto + mapped(linear, x)
+
+
+def adds_onto(branch: type[Branch]) -> type[Branch]:
+    """Mark a class whose `forward(x, onto)` adds `onto`, None for nothing, to its result."""
+    _ADD_ONTO.add(branch)
+    return branch
+
+
+def residual(x: Tensor, branch: nn.Module, given: Tensor, drop_path: nn.Module) -> Tensor:
+    """`x + drop_path(branch(given))`, in inference by a branch that adds `x` itself where it is such a one.
+
+    Args:
+        x: what the branch is added to.
+        branch: of any class; of those marked by `adds_onto` nobody notices, in inference, what they add to.
+        given: what the branch is given.
+        drop_path: stochastic depth.
+    """
+    if type(branch) in _ADD_ONTO and not is_watched(branch) and pass_unchanged(x, drop_path):
+        return branch(given, x)
+    return x + drop_path(branch(given))
+
+
+def pass_unchanged(x: Tensor, *drops: nn.Module) -> bool:
+    """Whether in plain inference these dropouts hand on tensors like `x`, no placeholders, and nobody watches them."""
+    unseen = is_plain_inference() and isinstance(x, Tensor)
+    return unseen and not any(drop.training or is_watched(drop) for drop in drops)
 
 
 def mapped_halves(linear: nn.Module, x: Tensor, act: nn.Module) -> tuple[Tensor, Tensor]:

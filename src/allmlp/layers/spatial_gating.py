@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from allmlp.layers.recomputing import is_watched, linear_after, mapped, mapped_halves
+from allmlp.layers.recomputing import is_watched, linear_after, mapped, mapped_halves, mapped_onto
 from allmlp.layers.resampling import GridBound
 from allmlp.ops import normalized_spatial_gating, toeplitz_matrix, toeplitz_product
 from allmlp.ops.backends import takes_fused
@@ -312,6 +312,7 @@ def gated_feed_forward(
     mask: Bool[Tensor, "*rows tokens tokens"] | None = None,
     padding: Bool[Tensor, "batch tokens"] | None = None,
     past: Past | None = None,
+    onto: Float[Tensor, "batch tokens channels"] | None = None,
 ) -> Float[Tensor, "batch tokens channels"]:
     """What a block adds, `proj_out(sgu(act(proj_in(x))))` (gMLP, section 2), in the form that fits what torch does.
 
@@ -327,14 +328,16 @@ def gated_feed_forward(
         mask: as in `SpatialGatingUnit.forward`.
         padding: likewise.
         past: likewise.
+        onto: what the result is added to; None for nothing.
     """
     if past is not None or not _takes_halves(sgu, x):
-        return mapped(proj_out, sgu(mapped(proj_in, x, act), x, mask, padding, past))
+        return mapped_onto(onto, proj_out, sgu(mapped(proj_in, x, act), x, mask, padding, past))
     u, v = mapped_halves(proj_in, x, act)
     gate = sgu.gate(v, x, mask, padding)
     if torch.is_grad_enabled():
-        return linear_after(proj_out, torch.mul, u, gate)
-    return mapped(proj_out, apply_gate(u, gate))
+        y = linear_after(proj_out, torch.mul, u, gate)
+        return y if onto is None else onto + y
+    return mapped_onto(onto, proj_out, apply_gate(u, gate))
 
 
 def _takes_halves(sgu: nn.Module, x: Tensor) -> TypeGuard[SpatialGatingUnit]:

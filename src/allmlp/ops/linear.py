@@ -53,6 +53,44 @@ def linear(
     return y if gelu is None else gelu_of_product(y, gelu)
 
 
+def linear_onto_reference(
+    onto: Float[Tensor, "*batch written"],
+    x: Float[Tensor, "*batch read"],
+    weight: Float[Tensor, "written read"],
+    bias: Float[Tensor, " written"] | None = None,
+) -> Float[Tensor, "*batch written"]:
+    """`linear_onto` in torch's two calls."""
+    return onto + F.linear(x, weight, bias)
+
+
+def linear_onto(
+    onto: Float[Tensor, "*batch written"],
+    x: Float[Tensor, "*batch read"],
+    weight: Float[Tensor, "written read"],
+    bias: Float[Tensor, " written"] | None = None,
+) -> Float[Tensor, "*batch written"]:
+    """`y = onto + x Wᵀ + b`, a residual connection and the linear map at the end of its branch.
+
+    Where `linear` stores bfloat16 products with bias and GELU, this stores them with `onto` added, in plain execution.
+    In float32 torch's product would have to be given `onto + b` to start from, which takes as long as adding behind it.
+
+    Args:
+        onto: what the product is added to.
+        x: any floating dtype.
+        weight: `W`.
+        bias: `b`.
+
+    Returns:
+        A new tensor. Products accumulate in float32 for 16-bit inputs.
+    """
+    fits = type(onto) is Tensor and onto.dtype == torch.bfloat16 and onto.is_cpu and onto.is_contiguous()
+    if fits and onto.shape == (*x.shape[:-1], weight.shape[0]) and not torch.compiler.is_compiling():
+        given = _given_to_onednn(x, weight, bias)
+        if given is not None:
+            return torch.ops.mkldnn._linear_pointwise.binary(given[0], onto, *given[1:], "add")
+    return onto + linear(x, weight, bias)
+
+
 def gelu_of_product(y: Tensor, approximate: str) -> Tensor:
     """The GELU of a product that nobody else reads: written over it in plain inference."""
     if type(y) is Tensor and is_plain_inference():

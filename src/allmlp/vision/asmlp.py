@@ -5,6 +5,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from allmlp.layers import AxialShift, ChannelMLP, PatchEmbedding, PatchMerging, SampleNorm
+from allmlp.layers.recomputing import residual
 from allmlp.vision.base import VisionMLP, depth_decayed
 from allmlp.vision.registry import register_family
 
@@ -40,8 +41,8 @@ class ASMLPBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Float[Tensor, "batch height width channels"]) -> Float[Tensor, "batch height width channels"]:
-        x = x + self.drop_path(self.axial_shift(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = residual(x, self.axial_shift, self.norm1(x), self.drop_path)
+        return residual(x, self.mlp, self.norm2(x), self.drop_path)
 
 
 class ASMLP(VisionMLP):

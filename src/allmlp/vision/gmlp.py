@@ -7,6 +7,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from allmlp.layers import PatchEmbedding, SpatialGatingUnit
+from allmlp.layers.recomputing import pass_unchanged
 from allmlp.layers.spatial_gating import gated_feed_forward
 from allmlp.vision.base import VisionMLP, column_levels, depth_decayed
 from allmlp.vision.registry import register_family
@@ -70,10 +71,13 @@ class GMLPBlock(nn.Module):
     def forward(self, x: Float[Tensor, "batch height width channels"]) -> Float[Tensor, "batch height width channels"]:
         tokens = x.flatten(1, 2)
         normed = self.norm(tokens)
+        parts = self.proj_in, self.act, self.sgu, self.proj_out
+        if pass_unchanged(tokens, self.drop2, self.drop_path):
+            return gated_feed_forward(*parts, normed, onto=tokens).view_as(x)
         if self.training and self.drop1.p > 0:
             y = self.proj_out(self.sgu(self.drop1(self.act(self.proj_in(normed))), normed))
         else:
-            y = gated_feed_forward(self.proj_in, self.act, self.sgu, self.proj_out, normed)
+            y = gated_feed_forward(*parts, normed)
         return (tokens + self.drop_path(self.drop2(y))).view_as(x)
 
 

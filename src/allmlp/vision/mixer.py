@@ -9,6 +9,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from allmlp.layers import ChannelMLP, PatchEmbedding, TokenMixingMLP
+from allmlp.layers.recomputing import residual
 from allmlp.vision.base import VisionMLP, column_levels, depth_decayed
 from allmlp.vision.registry import register_family
 
@@ -75,8 +76,7 @@ class MixerBlock(nn.Module):
     def forward(self, x: Float[Tensor, "batch height width channels"]) -> Float[Tensor, "batch height width channels"]:
         tokens = x.flatten(1, 2)
         tokens = tokens + self.drop_path(self.mlp_tokens(self.norm1(tokens)))
-        tokens = tokens + self.drop_path(self.mlp_channels(self.norm2(tokens)))
-        return tokens.view_as(x)
+        return residual(tokens, self.mlp_channels, self.norm2(tokens), self.drop_path).view_as(x)
 
 
 class Mixer(VisionMLP):

@@ -9,7 +9,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from allmlp.layers import ChannelMLP, PatchDownsampling, PatchEmbedding, SpatialShift, SplitAttention
-from allmlp.layers.recomputing import is_watched, linear_after, mapped
+from allmlp.layers.recomputing import adds_onto, is_watched, linear_after, mapped, mapped_onto, residual
 from allmlp.ops import split_attention
 from allmlp.ops.execution import is_plain_training
 from allmlp.vision.base import VisionMLP, depth_decayed
@@ -26,6 +26,7 @@ def _merge(x1: Tensor, x2: Tensor, x3: Tensor, logits: Tensor) -> Tensor:
     return split_attention((x1, x2, x3), logits)
 
 
+@adds_onto
 class S2Attention(nn.Module):
     """Expand to three branches, shift two of them in opposite orders, merge by split attention (eq. 1 to 6).
 
@@ -41,14 +42,20 @@ class S2Attention(nn.Module):
         self.split_attention = SplitAttention(channels, 3)
         self.proj = nn.Linear(channels, channels)
 
-    def forward(self, x: Float[Tensor, "batch height width channels"]) -> Float[Tensor, "batch height width channels"]:
+    def forward(
+        self,
+        x: Float[Tensor, "batch height width channels"],
+        onto: Float[Tensor, "batch height width channels"] | None = None,
+    ) -> Float[Tensor, "batch height width channels"]:
+        """Mix `x`; the result is added to `onto` where that is given."""
         x1, x2, x3 = mapped(self.expand, x).chunk(3, dim=-1)
         branches = (self.shift1(x1), self.shift2(x2), x3)
         if not is_plain_training(x3) or is_watched(self.split_attention):
-            return mapped(self.proj, self.split_attention(branches))
+            return mapped_onto(onto, self.proj, self.split_attention(branches))
         # A branch of its own, so that backward does not keep what the other two were made of.
         branches = (*branches[:2], x3.contiguous())
-        return linear_after(self.proj, _merge, *branches, self.split_attention.logits(branches))
+        y = linear_after(self.proj, _merge, *branches, self.split_attention.logits(branches))
+        return y if onto is None else onto + y
 
 
 class S2MLPv2Block(nn.Module):
@@ -79,9 +86,9 @@ class S2MLPv2Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Float[Tensor, "batch height width channels"]) -> Float[Tensor, "batch height width channels"]:
-        x = x + self.drop_path(self.attn(self.norm1(x)))
+        x = residual(x, self.attn, self.norm1(x), self.drop_path)
         tokens = x.flatten(1, 2)
-        return (tokens + self.drop_path(self.mlp_channels(self.norm2(tokens)))).view_as(x)
+        return residual(tokens, self.mlp_channels, self.norm2(tokens), self.drop_path).view_as(x)
 
 
 class S2MLPv2(VisionMLP):
