@@ -88,7 +88,10 @@ def linear_onto(
         given = _given_to_onednn(x, weight, bias)
         if given is not None:
             return torch.ops.mkldnn._linear_pointwise.binary(given[0], onto, *given[1:], "add")
-    return onto + linear(x, weight, bias)
+    y = linear(x, weight, bias)
+    # Another map beside `x`, which may be a wide hidden layer, would be the highest point of memory.
+    alone = type(y) is Tensor and is_plain_inference() and torch.result_type(y, onto) == y.dtype
+    return y.add_(onto) if alone else onto + y
 
 
 def gelu_of_product(y: Tensor, approximate: str) -> Tensor:
