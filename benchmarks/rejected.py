@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._inductor import config as inductor
 
+from allmlp.ops import linear_onto
 from allmlp.ops.linear import linear_weight_gradient
 from allmlp.timing import time_in_turn
 
@@ -42,6 +43,7 @@ def _cases(dtype: torch.dtype) -> list[tuple[str, Forms]]:
         ("channel MLP 1568 × 384 → 1536", _row_tiles(dtype, 1568, 384, 1536)),
         ("linear and GELU 1568 × 256 → 1536", _epilogue(dtype, 1568, 256, 1536)),
         ("linear and GELU 2048 × 384 → 1152", _epilogue(dtype, 2048, 384, 1152)),
+        ("residual behind 2048 × 1152 → 384", _residual(dtype, 2048, 1152, 384)),
         ("weight's gradient 1568 × 1536 → 384", _weight_gradient(dtype, 1568, 1536, 384)),
         ("weight's gradient 1568 × 3072 → 768", _weight_gradient(dtype, 1568, 3072, 768)),
         ("weight's gradient 1568 × 384 → 1536", _weight_gradient(dtype, 1568, 384, 1536)),
@@ -80,6 +82,16 @@ def _epilogue(dtype: torch.dtype, rows: int, width: int, hidden: int) -> Forms:
     }
     # In bfloat16 the epilogue is the form in use.
     return forms if dtype == torch.float32 else dict(reversed(forms.items()))
+
+
+def _residual(dtype: torch.dtype, rows: int, read: int, written: int) -> Forms:
+    shapes = (rows, written), (rows, read), (written, read), (written,)
+    onto, x, weight, bias = (torch.randn(shape).to(dtype) for shape in shapes)
+    return {
+        "in use": lambda: linear_onto(onto, x, weight, bias),
+        "sum of its own": lambda: onto + F.linear(x, weight, bias),
+        "product onto residual and bias": lambda: (onto + bias).addmm_(x, weight.t()),
+    }
 
 
 def _weight_gradient(dtype: torch.dtype, rows: int, read: int, written: int) -> Forms:

@@ -72,7 +72,7 @@ def linear_onto(
     """`y = onto + x Wᵀ + b`, a residual connection and the linear map at the end of its branch.
 
     Where `linear` stores bfloat16 products with bias and GELU, this stores them with `onto` added, in plain execution.
-    In float32 torch's product would have to be given `onto + b` to start from, which takes as long as adding behind it.
+    Elsewhere `onto` is added behind the product, in plain inference where that lies.
 
     Args:
         onto: what the product is added to.
