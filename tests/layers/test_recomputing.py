@@ -3,8 +3,11 @@ import torch
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
+from allmlp import ops
 from allmlp.layers import AxialShift, ChannelMLP, PermuteMLP, TokenLinear, WeightedPermuteMLP
 from allmlp.layers.recomputing import mapped, mapped_halves, residual
+from allmlp.ops import linear_onto
+from allmlp.vision.gmlp import GMLPBlock
 from allmlp.vision.s2mlpv2 import S2Attention
 
 LAYERS = {"channels": (nn.Linear(6, 8), (2, 5, 6)), "tokens": (TokenLinear(5, 7), (2, 5, 6))}
@@ -163,6 +166,25 @@ def test_branches_add_what_they_are_given(name: str, dtype: torch.dtype, grad: b
                 outs.append(run())
         torch.testing.assert_close(*outs, **tolerance)
     assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("name", [*BRANCHES, "gmlp"])
+def test_in_inference_the_last_product_is_added_to(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Tensor] = []
+
+    def recorded(onto: Tensor, *given: Tensor) -> Tensor:
+        found.append(onto)
+        return linear_onto(onto, *given)
+
+    monkeypatch.setattr(ops, "linear_onto", recorded)
+    x = torch.randn(2, 3, 4, 8)
+    with torch.no_grad():
+        if name == "gmlp":
+            GMLPBlock(8, 12, 16).eval()(x)
+        else:
+            residual(x, BRANCHES[name]().eval(), x, DropPath(0.5).eval())
+    (onto,) = found
+    assert onto.data_ptr() == x.data_ptr()
 
 
 @pytest.mark.parametrize("watched", ["branch", "drop_path", "last"])

@@ -1,5 +1,6 @@
 """The linear map and its GELU against torch's two calls, and when oneDNN's epilogue takes their place."""
 
+import importlib
 import math
 from typing import Any
 
@@ -188,6 +189,16 @@ def test_onto_is_added_as_the_product_is_stored(stored: list[str]) -> None:
         assert counter.get_total_flops() == 2 * 6 * 24 * 40
     linear_onto(onto, *given)
     assert stored == ["add", "none", "none"]
+
+
+def test_onto_is_added_where_the_product_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    onto, product = torch.randn(2, 3, 40), torch.randn(2, 3, 40)
+    expected = onto + product
+    monkeypatch.setattr(importlib.import_module("allmlp.ops.linear"), "linear", lambda *given: product)
+    with torch.no_grad():
+        out = linear_onto(onto, *_drawn(torch.float32, 2, 3))
+    assert out is product
+    assert torch.equal(out, expected)
 
 
 def test_onto_under_autocast() -> None:

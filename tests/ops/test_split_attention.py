@@ -65,3 +65,10 @@ def test_mean_over_positions(shape: tuple[int, ...], dtype: torch.dtype) -> None
     (grad,) = torch.autograd.grad(out, x, upstream)
     (expected_grad,) = torch.autograd.grad(expected, exact, upstream.double())
     assert_close(grad, expected_grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_means_gradient_is_not_written_out(dtype: torch.dtype) -> None:
+    x = torch.randn(3, 5, 7, 11).to(dtype).requires_grad_()
+    (grad,) = torch.autograd.grad(mean_over_positions(x).sum(), x)
+    assert grad.stride()[1:3] == (0, 0)
