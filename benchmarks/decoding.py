@@ -117,13 +117,15 @@ def continued(model: Any, ids: Any) -> Callable[[], None]:
     """A function that generates the last tokens of a full window, all earlier ones being in the cache."""
     import torch
 
+    from allmlp.language.cache import CACHE
+
     prompt = ids[:, : ids.shape[1] - NEW_TOKENS]
     with torch.inference_mode():
-        cache = model(prompt[:, :-1], use_cache=True).past_key_values
+        cache = getattr(model(prompt[:, :-1], use_cache=True), CACHE)
     length = prompt.shape[1] - 1
 
     def generate() -> None:
-        out = model.generate(prompt, past_key_values=cache, max_new_tokens=NEW_TOKENS, do_sample=False)
+        out = model.generate(prompt, **{CACHE: cache}, max_new_tokens=NEW_TOKENS, do_sample=False)
         assert out.shape == ids.shape
         cache.crop(length - cache.get_seq_length())
 

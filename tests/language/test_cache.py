@@ -3,6 +3,7 @@ import torch
 
 from allmlp.errors import UserError
 from allmlp.language import GMLPCache, GMLPForCausalLM
+from allmlp.language.cache import CACHE
 from tests.language.tiny import CONTEXT, OPTIONS, TOEPLITZ, tiny_config, tiny_model, tokens
 from tests.tolerances import assert_close
 
@@ -18,8 +19,8 @@ def decode(model: GMLPForCausalLM, ids: torch.Tensor, chunks: list[int], mask: t
     with torch.no_grad():
         for n in chunks:
             seen = None if mask is None else mask[:, : done + n]
-            out = model(ids[:, done : done + n], attention_mask=seen, past_key_values=cache)
-            assert out.past_key_values is cache
+            out = model(ids[:, done : done + n], attention_mask=seen, cache=cache)
+            assert getattr(out, CACHE) is cache
             logits.append(out.logits)
             done += n
             assert cache.get_seq_length() == done
@@ -56,9 +57,9 @@ def test_a_mask_may_come_and_go() -> None:
     model, ids = tiny_model(GMLPForCausalLM, tiny_attention_size=4, token_shift=1), tokens(2, 8)
     cache, expected = GMLPCache(model.config), whole(model, ids)
     with torch.no_grad():
-        model(ids[:, :4], past_key_values=cache)
-        model(ids[:, 4:6], attention_mask=torch.ones(2, 6), past_key_values=cache)
-        out = model(ids[:, 6:], past_key_values=cache)
+        model(ids[:, :4], cache=cache)
+        model(ids[:, 4:6], attention_mask=torch.ones(2, 6), cache=cache)
+        out = model(ids[:, 6:], cache=cache)
     assert_close(out.logits, expected[:, 6:].double())
 
 
@@ -88,10 +89,10 @@ def test_memory_is_allocated_once() -> None:
     model, ids = tiny_model(GMLPForCausalLM), tokens(1, CONTEXT)
     cache = GMLPCache(model.config, CONTEXT)
     with torch.no_grad():
-        model(ids[:, :3], past_key_values=cache)
+        model(ids[:, :3], cache=cache)
         before = [layer.buffers["gate"].data_ptr() for layer in cache.kept]
         for t in range(3, CONTEXT):
-            model(ids[:, t : t + 1], past_key_values=cache)
+            model(ids[:, t : t + 1], cache=cache)
     assert [layer.buffers["gate"].data_ptr() for layer in cache.kept] == before
     assert cache.kept[0].buffers["gate"].shape == (1, CONTEXT, 12)
     growing = decode(model, ids, [1] * CONTEXT)[1]
@@ -106,7 +107,7 @@ def test_taken_back_tokens_leave_no_trace(options) -> None:
         cache.crop(-4)
         with torch.no_grad():
             seen = None if mask is None else mask[:, :7]
-            out = model(ids[:, 5:7], attention_mask=seen, past_key_values=cache).logits
+            out = model(ids[:, 5:7], attention_mask=seen, cache=cache).logits
         assert_close(out, whole(model, ids[:, :7], seen)[:, 5:].double())
 
 
@@ -135,7 +136,7 @@ def test_rows_can_be_reordered_selected_and_repeated(padded) -> None:
         assert cache.batch_size == len(rows)
         seen = None if mask is None else mask[rows]
         with torch.no_grad():
-            out = model(ids[rows, 6:], attention_mask=seen, past_key_values=cache).logits
+            out = model(ids[rows, 6:], attention_mask=seen, cache=cache).logits
         assert_close(out, whole(model, ids[rows], seen)[:, 6:].double())
 
 
@@ -146,10 +147,10 @@ def test_a_prefix_mask_at_the_prompt_is_kept_while_decoding() -> None:
     cache = GMLPCache(model.config)
     with torch.no_grad():
         expected = model(ids, visibility_mask=mask, use_cache=False).logits
-        model(ids[:, :prefix], visibility_mask=mask[:prefix, :prefix], past_key_values=cache)
-        assert_close(model(ids[:, prefix:], past_key_values=cache).logits, expected[:, prefix:].double())
+        model(ids[:, :prefix], visibility_mask=mask[:prefix, :prefix], cache=cache)
+        assert_close(model(ids[:, prefix:], cache=cache).logits, expected[:, prefix:].double())
         with pytest.raises(UserError, match="belongs to the first tokens"):
-            model(ids[:, :2], visibility_mask=mask[:2, :2], past_key_values=cache)
+            model(ids[:, :2], visibility_mask=mask[:2, :2], cache=cache)
 
 
 def test_transformers_face() -> None:
@@ -169,18 +170,33 @@ def test_the_context_and_the_batch_are_guarded() -> None:
     model = tiny_model(GMLPForCausalLM)
     cache = decode(model, tokens(2, CONTEXT), [CONTEXT])[1]
     with pytest.raises(UserError, match="13 tokens do not fit the model's context of 12"):
-        model(tokens(2, 1), past_key_values=cache)
+        model(tokens(2, 1), cache=cache)
     cache.crop(-1)
     with pytest.raises(UserError, match="the cache holds 2 sequences, the input 3"):
-        model(tokens(3, 1), past_key_values=cache)
+        model(tokens(3, 1), cache=cache)
     with pytest.raises(UserError, match=r"attention_mask must be of shape \[2, 12\] .* got \[2, 1\]"):
-        model(tokens(2, 1), attention_mask=torch.ones(2, 1), past_key_values=cache)
+        model(tokens(2, 1), attention_mask=torch.ones(2, 1), cache=cache)
 
 
 def test_training_returns_no_cache() -> None:
     model, ids = tiny_model(GMLPForCausalLM), tokens(1, 4)
-    assert model.train()(ids).past_key_values is None
-    assert model.eval()(ids, use_cache=False).past_key_values is None
-    assert model(ids).past_key_values.get_seq_length() == 4
+    assert getattr(model.train()(ids), CACHE) is None
+    assert getattr(model.eval()(ids, use_cache=False), CACHE) is None
+    assert getattr(model(ids), CACHE).get_seq_length() == 4
     model.config.use_cache = False
-    assert model(ids).past_key_values is None
+    assert getattr(model(ids), CACHE) is None
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_both_of_transformers_names_are_taken(name) -> None:
+    model, ids = tiny_model(GMLPForCausalLM), tokens(2, 6)
+    expected = model.generate(ids, max_new_tokens=3, do_sample=False)
+    cache = GMLPCache(model.config)
+    with torch.no_grad():
+        for one in (model.model, model):
+            cache.reset()
+            assert getattr(one(ids[:, :4], **{name: cache}), CACHE) is cache
+    assert torch.equal(model.generate(ids, max_new_tokens=3, do_sample=False, **{name: cache}), expected)
+    assert cache.get_seq_length() == 8
+    with pytest.raises(UserError, match="give one cache"):
+        model(ids[:, 4:], cache=cache, past_key_values=cache)

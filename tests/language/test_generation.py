@@ -7,6 +7,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from allmlp.errors import UserError
 from allmlp.language import GMLPCache, GMLPForCausalLM
+from allmlp.language.cache import CACHE
 from allmlp.language.generation import extend_visibility, window_start
 from tests.language.tiny import CONTEXT, DENSE, OPTIONS, TOEPLITZ, VOCABULARY, tiny_model, tokens
 from tests.tolerances import assert_close
@@ -134,11 +135,9 @@ def test_the_returned_cache_goes_on() -> None:
     model, prompt = tiny_model(GMLPForCausalLM, tiny_attention_size=4), tokens(2, 3)
     expected = greedy(model, prompt, 7)
     part = model.generate(prompt, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
-    assert isinstance(part.past_key_values, GMLPCache)
-    cache = part.past_key_values
-    assert torch.equal(
-        model.generate(part.sequences, past_key_values=cache, max_new_tokens=3, do_sample=False), expected
-    )
+    cache = getattr(part, CACHE)
+    assert isinstance(cache, GMLPCache)
+    assert torch.equal(model.generate(part.sequences, cache=cache, max_new_tokens=3, do_sample=False), expected)
 
 
 @pytest.mark.parametrize("use_cache", [True, False])

@@ -22,6 +22,7 @@ from allmlp.language import (
     GMLPForTokenClassification,
     GMLPModel,
 )
+from allmlp.language.cache import CACHE
 from allmlp.language.modeling import sinusoids
 from allmlp.layers.spatial_gating import visible_tokens
 from tests.fused import assert_fused_matches
@@ -235,7 +236,7 @@ def test_next_token_loss_shifts_the_labels() -> None:
     out = model(ids, labels=labels)
     targets = labels[:, 1:].flatten()
     assert_close(out.loss, F.cross_entropy(out.logits[:, :-1].flatten(0, 1), targets).double())
-    assert out.past_key_values is None
+    assert getattr(out, CACHE) is None
     summed = model(ids, labels=labels, num_items_in_batch=torch.tensor(5)).loss
     assert_close(summed, out.loss.double() * 9 / 5)
 

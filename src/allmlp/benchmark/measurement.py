@@ -284,7 +284,7 @@ def _result(setting: Setting, contender: str, timing: Timing, facts: Mapping[str
 
 
 def _input_size(model: nn.Module) -> Sequence[int]:
-    cfg = getattr(model, "pretrained_cfg", None)
+    cfg: Any = getattr(model, "pretrained_cfg", None)
     return cfg["input_size"] if cfg else (3, 224, 224)
 
 

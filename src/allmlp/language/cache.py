@@ -12,16 +12,20 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from allmlp.errors import UserError
 from allmlp.language.configuration import GMLPConfig
+
+# What transformers calls the cache where models are given it and return it: its name since version 5.24, or before.
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 # Toeplitz models keep this many tokens beyond their reach, so that assisted decoding can take back a rejected draft.
 _MARGIN = 128
 
 
 class GMLPCache(Cache):
-    """The decoding cache of `GMLPForCausalLM`, its `past_key_values`. For inference: no gradient goes through it.
+    """The decoding cache of `GMLPForCausalLM`, its `cache`. For inference: no gradient goes through it.
 
     Memory: intermediate_size / 2 + 2·tiny_attention_size numbers (with token shift also hidden_size) for each layer
     and token, allocated once for `max_length` tokens, or by doubling where that is not known. Toeplitz models forget
@@ -207,6 +211,17 @@ class GMLPCacheLayer:
             rows = torch.arange(x.shape[0], device=x.device).unsqueeze(-1)
             kept[rows, cache.positions - cache.base] = x
         return kept[:, cache.first - cache.base : cache.end - cache.base]
+
+
+def given_cache(cache: GMLPCache | None, past_key_values: GMLPCache | None) -> GMLPCache | None:
+    """The cache that a model is given, by transformers' name of today or by that before version 5.24.
+
+    Raises:
+        UserError: if it is given by both.
+    """
+    if cache is not None and past_key_values is not None:
+        raise UserError("give one cache: as cache, or as past_key_values, its older name")
+    return past_key_values if cache is None else cache
 
 
 def _resized(kept: Float[Tensor, "batch places channels"], places: int) -> Float[Tensor, "batch more_places channels"]:

@@ -43,7 +43,7 @@ class GMLPConfig(PreTrainedConfig):
     """
 
     model_type = "gmlp"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers reads it from the class)
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]  # noqa: RUF012 (transformers reads it from the class)
 
     vocab_size: int = 32_000
     hidden_size: int = 512

@@ -10,7 +10,7 @@ from transformers.generation import MaxLengthCriteria, StoppingCriteriaList
 from transformers.utils import logging
 
 from allmlp.errors import UserError
-from allmlp.language.cache import GMLPCache
+from allmlp.language.cache import CACHE, GMLPCache, given_cache
 from allmlp.language.configuration import GMLPConfig
 from allmlp.language.inputs import check_token_ids
 
@@ -63,6 +63,9 @@ class GMLPGenerationMixin(GenerationMixin):
         if mask is not None and mask.dim() == 2 and start is not None:
             # transformers repeats every argument's first axis for beams and returned sequences.
             kwargs["visibility_mask"] = mask.expand(start.shape[0], *mask.shape)
+        cache = given_cache(kwargs.pop("cache", None), kwargs.pop("past_key_values", None))
+        if cache is not None:
+            kwargs[CACHE] = cache
         return cast(Any, super()).generate(
             inputs, generation_config, *args, context_overflow=context_overflow, **kwargs
         )
@@ -85,31 +88,32 @@ class GMLPGenerationMixin(GenerationMixin):
     def prepare_inputs_for_generation(  # pyrefly: ignore[bad-override-param-name] (transformers passes all by name)
         self,
         input_ids: Int[Tensor, "batch tokens"],
-        past_key_values: GMLPCache | None = None,
+        cache: GMLPCache | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         visibility_mask: Tensor | None = None,
         context_overflow: ContextOverflow = "stop",
+        past_key_values: GMLPCache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """The next forward pass's arguments; where the context is full, those of a fresh start from the last half."""
+        cache = given_cache(cache, past_key_values)
         tokens, start = input_ids.shape[1], 0
         if context_overflow == "reprefill" and self._context is not None:
             start = window_start(tokens, self._context)
-        if past_key_values is not None and past_key_values.window_start != start:
-            past_key_values.reset()
-            past_key_values.window_start = start
+        if cache is not None and cache.window_start != start:
+            cache.reset()
+            cache.window_start = start
             kwargs["next_sequence_length"] = None
         if visibility_mask is not None:
-            is_first = past_key_values is None or past_key_values.get_seq_length() == 0
+            is_first = cache is None or cache.get_seq_length() == 0
             visibility_mask = extend_visibility(visibility_mask, tokens)[:, start:, start:] if is_first else None
         return cast(Any, super()).prepare_inputs_for_generation(
             input_ids[:, start:],
-            past_key_values=past_key_values,
             attention_mask=None if attention_mask is None else attention_mask[:, start:],
             inputs_embeds=inputs_embeds,
             visibility_mask=visibility_mask,
-            **kwargs,
+            **{**kwargs, CACHE: cache},
         )
 
     def _prepare_cache_for_generation(  # pyrefly: ignore[bad-override] (transformers' own returns nothing either)
@@ -130,8 +134,8 @@ class GMLPGenerationMixin(GenerationMixin):
                     f"generation stops at the model's context of {self._context} tokens, {excess} short of the length "
                     "asked for; generate with context_overflow='reprefill' to go on from the last half of it"
                 )
-        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = GMLPCache(self.config, max_cache_length)
+        if generation_config.use_cache is not False and model_kwargs.get(CACHE) is None:
+            model_kwargs[CACHE] = GMLPCache(self.config, max_cache_length)
 
     def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
         criteria = cast(Any, super())._get_stopping_criteria(*args, **kwargs)

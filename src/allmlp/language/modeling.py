@@ -28,7 +28,7 @@ from transformers.utils import can_return_tuple
 
 from allmlp.allocator import keep_freed_memory
 from allmlp.errors import UserError
-from allmlp.language.cache import GMLPCache
+from allmlp.language.cache import CACHE, GMLPCache, given_cache
 from allmlp.language.configuration import GMLPConfig
 from allmlp.language.generation import GMLPGenerationMixin
 from allmlp.language.inputs import check_token_ids, left_alignment, read_masks, reordered, reordered_mask
@@ -68,16 +68,16 @@ class GMLPBlock(GradientCheckpointingLayer):
         hidden_states: Float[Tensor, "batch tokens channels"],
         mask: Bool[Tensor, "*rows tokens tokens"] | None = None,
         padding: Bool[Tensor, "batch tokens"] | None = None,
-        past_key_values: Past | None = None,
+        cache: Past | None = None,
     ) -> Float[Tensor, "batch tokens channels"]:
-        """The arguments are those of `SpatialGatingUnit.forward`; `past_key_values` is this layer's past."""
+        """The arguments are those of `SpatialGatingUnit.forward`; `cache` is this layer's past."""
         x = self.norm(hidden_states)
         if self.shift:
-            x = self._shifted(x, padding, past_key_values)
+            x = self._shifted(x, padding, cache)
         parts = self.proj_in, self.act, self.sgu, self.proj_out
         if not self.training:
-            return gated_feed_forward(*parts, x, mask, padding, past_key_values, onto=hidden_states)
-        y = gated_feed_forward(*parts, x, mask, padding, past_key_values)
+            return gated_feed_forward(*parts, x, mask, padding, cache, onto=hidden_states)
+        y = gated_feed_forward(*parts, x, mask, padding, cache)
         return hidden_states + self.drop_path(self.dropout(y))
 
     def _shifted(self, x: Tensor, padding: Tensor | None, past: Past | None) -> Tensor:
@@ -105,7 +105,7 @@ class GMLPPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["GMLPBlock"]  # noqa: RUF012 (transformers reads these from the class)
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
 
     def __init__(self, config: GMLPConfig) -> None:
@@ -139,24 +139,26 @@ class GMLPModel(GMLPPreTrainedModel):
         input_ids: Int[Tensor, "batch tokens"] | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Float[Tensor, "batch tokens channels"] | None = None,
-        past_key_values: GMLPCache | None = None,
+        cache: GMLPCache | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         visibility_mask: Tensor | None = None,
+        past_key_values: GMLPCache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Compute the hidden states.
 
         Args:
-            input_ids: tokens; with `past_key_values` the new ones.
+            input_ids: tokens; with `cache` the new ones.
             attention_mask: [batch, cached + new tokens], 0 where there is padding, on either side or in between: the
                 rows are computed as if it were not there. Three or four axes are read as `visibility_mask`.
             inputs_embeds: embeddings in place of `input_ids`.
-            past_key_values: the cache of the tokens before these; it is extended.
+            cache: the cache of the tokens before these; it is extended.
             use_cache: return the cache; by default as configured, for causal models outside of training.
             output_hidden_states: return the embedding and each block's output too.
             visibility_mask: [tokens, tokens] or [batch, tokens, tokens], true where a token reads another. It replaces
                 causality: a prefix language model's mask lets a causal model read its prefix in both directions.
+            past_key_values: `cache` by its name in transformers before version 5.24.
             kwargs: what transformers passes to every model and this one has no use for.
 
         Raises:
@@ -167,7 +169,7 @@ class GMLPModel(GMLPPreTrainedModel):
         batch, tokens = hidden.shape[:2]
         if tokens == 0:
             raise UserError("the input is empty: at least one token is needed")
-        past = past_key_values
+        past = given_cache(cache, past_key_values)
         if past is None and self._wants_cache(use_cache):
             past = GMLPCache(self.config)
         start = past.longest if past else 0
@@ -186,7 +188,7 @@ class GMLPModel(GMLPPreTrainedModel):
 
         states = [hidden]
         for i, block in enumerate(self.layers):
-            hidden = block(hidden, mask, padding, past_key_values=past.kept[i] if past else None)
+            hidden = block(hidden, mask, padding, cache=past.kept[i] if past else None)
             states.append(hidden)
         states[-1] = hidden = self.norm(hidden)
         if past is not None:
@@ -195,10 +197,10 @@ class GMLPModel(GMLPPreTrainedModel):
             hidden = reordered(hidden, undo)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        if not output_hidden_states:
-            return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=past)
-        states = [state if undo is None else reordered(state, undo) for state in states]
-        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=past, hidden_states=tuple(states))
+        outputs: dict[str, Any] = {"last_hidden_state": hidden, CACHE: past}
+        if output_hidden_states:
+            outputs["hidden_states"] = tuple(state if undo is None else reordered(state, undo) for state in states)
+        return BaseModelOutputWithPast(**outputs)
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if inputs_embeds is not None and input_ids is None:
@@ -259,12 +261,13 @@ class GMLPForCausalLM(GMLPPreTrainedModel, GMLPGenerationMixin):
         input_ids: Int[Tensor, "batch tokens"] | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Float[Tensor, "batch tokens channels"] | None = None,
-        past_key_values: GMLPCache | None = None,
+        cache: GMLPCache | None = None,
         labels: Int[Tensor, "batch tokens"] | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         visibility_mask: Tensor | None = None,
         logits_to_keep: int | Int[Tensor, " kept"] = 0,
+        past_key_values: GMLPCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Predict each next token. The arguments are `GMLPModel.forward`'s, and:
@@ -280,7 +283,7 @@ class GMLPForCausalLM(GMLPPreTrainedModel, GMLPGenerationMixin):
             input_ids,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
-            past_key_values=past_key_values,
+            cache=given_cache(cache, past_key_values),
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             visibility_mask=visibility_mask,
@@ -290,9 +293,8 @@ class GMLPForCausalLM(GMLPPreTrainedModel, GMLPGenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
-        )
+        kept_cache: dict[str, Any] = {CACHE: getattr(outputs, CACHE)}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=outputs.hidden_states, **kept_cache)
 
 
 class GMLPForMaskedLM(GMLPPreTrainedModel):

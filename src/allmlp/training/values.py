@@ -47,7 +47,8 @@ def parse_yaml(text: str) -> Any:
     try:
         for event in yaml.parse(text, yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent):
-                raise ValueError(f"'*{event.anchor}' in line {event.start_mark.line + 1} refers to another value")
+                line = event.start_mark.line + 1  # pyrefly: ignore[missing-attribute] (events that are parsed have marks)
+                raise ValueError(f"'*{event.anchor}' in line {line} refers to another value")
         return yaml.safe_load(text)
     # yaml's own constructors of numbers and dates raise whatever they run into
     except Exception as error:
