@@ -7,6 +7,7 @@ from torch.autograd import forward_ad
 
 from allmlp.ops import token_linear
 from allmlp.ops.execution import autocast, is_compiled, is_compiled_inference, is_plain_inference, is_plain_training
+from tests.compilers import need_to_know_the_compiler
 
 
 def test_gradients_decide_between_the_two() -> None:
@@ -36,6 +37,7 @@ def test_whatever_reads_along_is_not_plain() -> None:
 
 
 def test_what_a_compiler_makes_runs_here_unless_it_is_exported_or_transformed() -> None:
+    need_to_know_the_compiler()
     found = []
 
     class Look(torch.nn.Module):

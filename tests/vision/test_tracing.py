@@ -51,8 +51,10 @@ def test_training_step_compiles_as_one_graph(name, images) -> None:
     expected = model(images)
     expected.square().sum().backward()
     assert_close(out, expected)
+    largest = max(reference.grad.abs().max() for reference in model.parameters())
     for parameter, reference in zip(twin.parameters(), model.parameters(), strict=True):
-        scale = reference.grad.abs().max()
+        # Some gradients are nothing but rounding: a later norm takes out what the parameter adds.
+        scale = reference.grad.abs().max().clamp(min=1e-3 * largest)
         assert_close(parameter.grad / scale, reference.grad / scale)
 
 

@@ -12,6 +12,9 @@ Backend = Literal["auto", "torch", "triton"]
 # Operators whose fused form beat torch's compiler where it was measured (benchmarks/fused.py): what "auto" takes.
 MEASURED_FASTER: frozenset[str] = frozenset()
 
+# Asked once: a compiler that reads along cannot follow the search.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _fused: bool | None = None
 
@@ -64,7 +67,7 @@ def _obstacle(*tensors: Tensor | None) -> str | None:
         return "a symbolic trace hands it placeholders"
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return "the kernels know no function transforms (torch.func)"
-    if importlib.util.find_spec("triton") is None:
+    if not _HAS_TRITON:
         return "Triton is not installed"
     devices = {x.device for x in given}
     if len(devices) > 1:
