@@ -11,6 +11,7 @@ from torch import nn
 import allmlp
 from allmlp.deploy import engines
 from allmlp.errors import UserError
+from allmlp.ops import products
 
 NANO = "gmlp_nano_patch4_32"
 
@@ -18,6 +19,12 @@ NANO = "gmlp_nano_patch4_32"
 @pytest.fixture
 def image() -> torch.Tensor:
     return torch.randn(2, 3, 32, 32)
+
+
+@pytest.fixture(autouse=True)
+def _instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever this processor has, the library takes it for one that multiplies bfloat16."""
+    monkeypatch.setattr(products, "WITHOUT_INSTRUCTIONS", [])
 
 
 def _model(**arguments) -> nn.Module:
@@ -47,6 +54,18 @@ def test_output_is_the_original_s(engine: str, dtype: torch.dtype | None, image:
     tolerance = 1e-4 if dtype is None else 5e-2
     assert (got - expected).abs().max() <= tolerance * expected.abs().max()
     assert form.engine == engine
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_bfloat16_is_left_alone_where_the_processor_has_none(
+    image: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "WITHOUT_INSTRUCTIONS", [torch.bfloat16])
+    model = _model()
+    form = allmlp.optimize(model, image, dtype=torch.bfloat16, engine="eager")
+    assert form.dtype == torch.float32
+    with torch.no_grad():
+        assert torch.equal(form(image), model.eval()(image))
 
 
 @pytest.mark.usefixtures("unchecked")

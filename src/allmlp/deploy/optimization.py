@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from allmlp.deploy.engines import ENGINES, Runner, dtype_name
 from allmlp.errors import UserError, nearest
+from allmlp.ops import products
 from allmlp.timing import time_in_turn
 
 # Largest deviation from the original's output, relative to its largest number.
@@ -84,9 +85,10 @@ def optimize(
     Args:
         model: a network of one input; it is left as it is.
         example_inputs: an input as the form will be given them: same shape, float32, same device.
-        dtype: `torch.bfloat16` has the form compute in bfloat16, `torch.int8` in int8 (OpenVINO with nncf), for which
-            the example is what activations' ranges are taken from: give it inputs as they will come, and evaluate the
-            form. Otherwise it computes in float32.
+        dtype: `torch.bfloat16` has the form compute in bfloat16, save on a CPU without instructions for it, where
+            nothing is faster than float32; `torch.int8` in int8 (OpenVINO with nncf), for which the example is what
+            activations' ranges are taken from: give it inputs as they will come, and evaluate the form. Otherwise it
+            computes in float32.
         engine: `"auto"`, or the engine to take: `"eager"`, `"inductor"`, `"openvino"`, `"onnxruntime"`.
 
     Returns:
@@ -100,6 +102,8 @@ def optimize(
     dtype = torch.float32 if dtype is None else dtype
     if dtype not in TOLERANCES:
         raise UserError(f"dtype must be one of {', '.join(map(str, TOLERANCES))}, got {dtype}")
+    if example.device.type == "cpu" and dtype in products.WITHOUT_INSTRUCTIONS:
+        dtype = torch.float32
     known = ("auto", *ENGINES)
     if engine not in known:
         raise UserError(f"engine must be one of {', '.join(known)}, got {engine!r}.{nearest(engine, known)}")

@@ -33,6 +33,7 @@ from allmlp.language.configuration import GMLPConfig
 from allmlp.language.generation import GMLPGenerationMixin
 from allmlp.language.inputs import check_token_ids, left_alignment, read_masks, reordered, reordered_mask
 from allmlp.layers import SpatialGatingUnit
+from allmlp.layers.recomputing import mapped
 from allmlp.layers.spatial_gating import Past, gated_feed_forward
 from allmlp.ops import token_shift
 
@@ -289,7 +290,7 @@ class GMLPForCausalLM(GMLPPreTrainedModel, GMLPGenerationMixin):
             visibility_mask=visibility_mask,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        logits = mapped(self.lm_head, outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -327,7 +328,7 @@ class GMLPForMaskedLM(GMLPPreTrainedModel):
             output_hidden_states=output_hidden_states,
             visibility_mask=visibility_mask,
         )
-        logits = self.lm_head(outputs.last_hidden_state)
+        logits = mapped(self.lm_head, outputs.last_hidden_state)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

@@ -8,7 +8,8 @@ from jaxtyping import Float
 from timm.layers import PatchEmbed, resample_patch_embed
 from torch import Tensor, nn
 
-from allmlp.layers.recomputing import mapped
+from allmlp.layers.recomputing import is_watched, mapped
+from allmlp.ops.products import multiplies_in_float32, multiply
 
 
 class PatchEmbedding(PatchEmbed):
@@ -114,7 +115,7 @@ class PatchEmbedding(PatchEmbed):
         high, wide = (kernel - patch for kernel, patch in zip(self.proj.kernel_size, self.patch_size, strict=True))
         if high or wide:
             x = F.pad(x, (wide // 2, wide - wide // 2, high // 2, high - high // 2), mode="replicate")
-        return self.norm(self.proj(x).permute(0, 2, 3, 1).contiguous())
+        return self.norm(_convolved(self.proj, x).permute(0, 2, 3, 1).contiguous())
 
 
 class PatchMerging(nn.Module):
@@ -161,7 +162,17 @@ class PatchDownsampling(nn.Module):
         self, x: Float[Tensor, "batch height width channels"]
     ) -> Float[Tensor, "batch half_height half_width out_channels"]:
         x = _pad_to_patches(x.permute(0, 3, 1, 2), (2, 2))
-        return self.proj(x).permute(0, 2, 3, 1).contiguous()
+        return _convolved(self.proj, x).permute(0, 2, 3, 1).contiguous()
+
+
+def _convolved(
+    convolution: nn.Module, x: Float[Tensor, "batch channels height width"]
+) -> Float[Tensor, "batch out_channels rows columns"]:
+    """`convolution(x)`, in 16 bits multiplied as the other products are (see `ops.products`)."""
+    plain = type(convolution) is nn.Conv2d and not is_watched(convolution)
+    if plain and multiplies_in_float32(x, convolution.weight, convolution.bias):
+        return multiply(convolution._conv_forward, x, convolution.weight, convolution.bias)
+    return convolution(x)
 
 
 def _pad_to_patches(

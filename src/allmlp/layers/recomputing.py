@@ -11,6 +11,7 @@ from allmlp import ops
 from allmlp.layers.token_linear import TokenLinear
 from allmlp.ops.execution import is_compiled_inference, is_plain_inference, is_plain_training
 from allmlp.ops.linear import gelu_of_product
+from allmlp.ops.products import multiplies_in_float32
 from allmlp.ops.recomputing import Across, recomputing_linear
 
 Branch = TypeVar("Branch", bound=nn.Module)
@@ -50,7 +51,8 @@ def mapped(linear: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor
     gelu = act.approximate if fits and act is not None else None
     if fits and is_plain_linear(linear, x):
         return ops.linear(x, linear.weight, linear.bias, gelu)  # type: ignore[arg-type]  (nn.GELU says str)
-    y = linear(x)
+    widens = is_plain_linear(linear, x) and multiplies_in_float32(x, linear.weight, linear.bias)
+    y = ops.linear(x, linear.weight, linear.bias) if widens else linear(x)
     if gelu is not None and type(linear) is TokenLinear and not is_watched(linear):
         return gelu_of_product(y, gelu)
     return y if act is None else act(y)
@@ -118,7 +120,7 @@ def mapped_halves(linear: nn.Module, x: Tensor, act: nn.Module) -> tuple[Tensor,
 def linear_act_linear(fc1: nn.Module, act: nn.Module, fc2: nn.Module, x: Tensor) -> Tensor:
     """`fc2(act(fc1(x)))`, keeping the hidden layer once: for backward before the activation, in inference behind it."""
     if torch.is_grad_enabled():
-        return linear_after(fc2, act, fc1(x))
+        return linear_after(fc2, act, mapped(fc1, x))
     return mapped(fc2, mapped(fc1, x, act))
 
 

@@ -80,7 +80,7 @@ class TinyAttention(nn.Module):
             past: the earlier tokens of sequences that are continued.
         """
         size = self.proj.in_features
-        q, kv = self.qkv(x).split([size, 2 * size], dim=-1)
+        q, kv = mapped(self.qkv, x).split([size, 2 * size], dim=-1)
         is_causal = self.causal and mask is None
         if past is not None:
             kept = past.append("attention", kv)
@@ -90,7 +90,7 @@ class TinyAttention(nn.Module):
             mask = mask.unsqueeze(1)
         k, v = kv.unsqueeze(1).chunk(2, dim=-1)
         y = F.scaled_dot_product_attention(q.unsqueeze(1), k, v, mask, is_causal=is_causal)
-        return self.proj(y.squeeze(1))
+        return mapped(self.proj, y.squeeze(1))
 
 
 class SpatialGatingUnit(GridBound):

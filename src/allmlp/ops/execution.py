@@ -37,7 +37,7 @@ def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """These tensors as torch hands them to its own products: in autocast's dtype where that is on for their device."""
     kind = next((x.device.type for x in tensors if isinstance(x, Tensor)), "cpu")
     # What compilers read along lies where autocast is known, and torch 2.9's cannot follow the question.
-    known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)
+    known = kind != "meta" and (torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind))
     if not (known and torch.is_autocast_enabled(kind)):
         return tensors
     dtype = torch.get_autocast_dtype(kind)

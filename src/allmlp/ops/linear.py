@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from allmlp.ops.execution import autocast, is_compiled_inference, is_plain_inference
+from allmlp.ops.execution import autocast, is_compiled_inference, is_plain_inference, is_plain_training
+from allmlp.ops.products import WITHOUT_INSTRUCTIONS, multiplies_in_float32, multiply
 
 Gelu = Literal["none", "tanh"]
 
@@ -49,7 +50,7 @@ def linear(
     if given is not None:
         product = torch.ops.allmlp.linear if torch.compiler.is_compiling() else _product
         return product(*given, gelu=gelu)
-    y = F.linear(x, weight, bias)
+    y = _widened_product(x, weight, bias) if _gains_in_float32(x, weight, bias) else F.linear(x, weight, bias)
     return y if gelu is None else gelu_of_product(y, gelu)
 
 
@@ -111,10 +112,53 @@ def linear_weight_gradient(
     """
     grad, x = grad.flatten(0, -2), x.flatten(0, -2)
     written, read = grad.shape[1], x.shape[1]
+    if multiplies_in_float32(grad, x):
+        return multiply(lambda grad, x: grad.t() @ x, grad, x)
     if type(grad) is Tensor and grad.is_cpu and grad.dtype == torch.bfloat16 and 384 <= written <= read // 2:
         # A few rows at a time stay in the cache.
         return torch.cat([rows.t() for rows in grad.split(256)], dim=1) @ x
     return grad.t() @ x
+
+
+def linear_input_gradient(
+    grad: Float[Tensor, "*batch written"], weight: Float[Tensor, "written read"]
+) -> Float[Tensor, "*batch read"]:
+    """Of `linear` without activation, given the output's gradient."""
+    return multiply(torch.matmul, grad, weight)
+
+
+class _WideningLinear(torch.autograd.Function):
+    """A linear map whose factors are kept for backward in the 16 bits they are given in.
+
+    Its backward consists of differentiable operations, so that gradients of any order exist.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return multiply(F.linear, x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        return (
+            linear_input_gradient(grad, weight) if needs_x else None,
+            linear_weight_gradient(grad, x) if needs_weight else None,
+            grad.flatten(0, -2).sum(0) if needs_bias else None,
+        )
+
+
+def _widened_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if is_plain_training(x, weight, bias):
+        return _WideningLinear.apply(*autocast(x, weight, bias))
+    return multiply(F.linear, x, weight, bias)
+
+
+def _gains_in_float32(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether `multiply` takes less time than torch: not for a few rows, while decoding, for which torch has a form."""
+    return multiplies_in_float32(x, weight, bias) and x.numel() > _FEW_ROWS * x.shape[-1]
 
 
 def _given_to_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Any, ...] | None:
@@ -149,9 +193,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: str | None) -> Tenso
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
+_FEW_ROWS = 4
+
 # Asked once: a compiler cannot ask while it reads.
-_MULTIPLIES_BFLOAT16: bool = (
-    torch.backends.mkldnn.is_available()
-    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-)
+_MULTIPLIES_BFLOAT16 = torch.bfloat16 not in WITHOUT_INSTRUCTIONS and hasattr(torch.ops.mkldnn, "_linear_pointwise")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from allmlp.ops.execution import is_plain_training
-from allmlp.ops.linear import linear, linear_weight_gradient
+from allmlp.ops.linear import linear, linear_input_gradient, linear_weight_gradient
 from allmlp.ops.token_linear import bias_gradient, input_gradient, token_linear, weight_gradient
 
 Across = Literal["channels", "tokens"]
@@ -99,7 +99,7 @@ class _RecomputingLinear(torch.autograd.Function):
         grad_inputs: list[Tensor | None] = [None] * len(inputs)
         if any(needs):
             plain = weight.to(grad.dtype)
-            grad_x = torch.matmul(grad, plain) if ctx.across == "channels" else input_gradient(grad, plain)
+            grad_x = (linear_input_gradient if ctx.across == "channels" else input_gradient)(grad, plain)
             grad_inputs = gradients(x, inputs, needs, grad_x.to(x.dtype))
         return None, None, grad_weight, grad_bias, *grad_inputs
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from allmlp.ops.backends import Backend, takes_fused
 from allmlp.ops.execution import autocast
+from allmlp.ops.products import multiply
 from allmlp.ops.recomputing import recomputing_linear
 from allmlp.ops.token_linear import token_linear
 
@@ -76,10 +77,10 @@ def spatial_projection(
     if heads == 1 and weight.dim() == 3 and bias.dim() == 2:
         return token_linear(v, weight.squeeze(0), bias.squeeze(0))
     if heads == 1:
-        gate = torch.matmul(weight.squeeze(-3), v)
+        gate = multiply(torch.matmul, weight.squeeze(-3), v)
         return gate.add_(bias.squeeze(-2).unsqueeze(-1))
     v_BHNP = v.unflatten(-1, (heads, -1)).transpose(1, 2)
-    gate_BHMP = torch.matmul(weight, v_BHNP)
+    gate_BHMP = multiply(torch.matmul, weight, v_BHNP)
     gate_BHMP = gate_BHMP.add_(bias.unsqueeze(-1))
     return gate_BHMP.transpose(1, 2).flatten(2)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from allmlp.ops.backends import Backend, takes_fused
 from allmlp.ops.execution import is_plain_training
+from allmlp.ops.products import multiplies_in_float32
 
 
 def split_attention_reference(
@@ -153,7 +154,8 @@ class _MeanOverPositions(torch.autograd.Function):
 
 
 def _mean_over_positions(x: Tensor) -> Tensor:
-    if x.device.type != "cpu" or x.dtype.itemsize != 2 or torch.compiler.is_compiling():
+    fits = x.device.type == "cpu" and x.dtype.itemsize == 2 and not multiplies_in_float32(x)
+    if not fits or torch.compiler.is_compiling():
         return mean_over_positions_reference(x)
     positions = x.shape[1] * x.shape[2]
     weights = x.new_full((1, 1, positions), 1 / positions).expand(x.shape[0], -1, -1)

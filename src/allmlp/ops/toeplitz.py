@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from allmlp.ops.products import multiply
+
 Backend = Literal["auto", "dense", "fft"]
 
 # From this many tokens on the FFT is faster than the dense product on the CPU; benchmarks/toeplitz.py measures it.
@@ -81,9 +83,9 @@ def toeplitz_product(
     if backend == "dense":
         weight = toeplitz_matrix(lags, tokens, causal=causal)
         if lags.shape[0] == 1:
-            return torch.matmul(weight[0], v)
+            return multiply(torch.matmul, weight[0], v)
         v_BHNP = v.unflatten(-1, (lags.shape[0], -1)).transpose(1, 2)
-        return torch.matmul(weight, v_BHNP).transpose(1, 2).flatten(2)
+        return multiply(torch.matmul, weight, v_BHNP).transpose(1, 2).flatten(2)
     if backend == "fft":
         with torch.autocast(v.device.type, enabled=False):
             return _fft_product(lags, v, causal)

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from allmlp.ops.execution import autocast, is_plain_training
+from allmlp.ops.products import multiply
 
 
 def token_linear_reference(
@@ -52,7 +53,7 @@ def token_linear(
 
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """Of `token_linear`, given the output's gradient and the input."""
-    return torch.bmm(grad, x.transpose(1, 2)).sum(0)
+    return multiply(lambda grad, x: torch.bmm(grad, x.transpose(1, 2)).sum(0), grad, x)
 
 
 def bias_gradient(grad: Tensor) -> Tensor:
@@ -63,7 +64,7 @@ def bias_gradient(grad: Tensor) -> Tensor:
 
 def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
     """Of `token_linear`."""
-    return torch.bmm(weight.t().expand(grad.shape[0], -1, -1), grad)
+    return multiply(lambda weight, grad: torch.bmm(weight.t().expand(grad.shape[0], -1, -1), grad), weight, grad)
 
 
 class _TokenLinear(torch.autograd.Function):
@@ -88,4 +89,8 @@ class _TokenLinear(torch.autograd.Function):
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return multiply(_added_product, bias, weight, x)
+
+
+def _added_product(bias: Tensor, weight: Tensor, x: Tensor) -> Tensor:
     return torch.baddbmm(bias.unsqueeze(-1), weight.expand(x.shape[0], -1, -1), x)
