@@ -35,7 +35,8 @@ def linear(
     On a CPU with bfloat16 products, oneDNN adds the bias and applies the activation to the accumulated sums as it
     stores them, where torch writes the bias out in front of the product and reads the result again behind it. That is
     for bfloat16 without gradients, in plain execution and in compiled models; in float32 it gains nothing
-    (`benchmarks/rejected.py`).
+    (`benchmarks/rejected.py`). On a CPU without 16-bit products more than a few rows are multiplied in float32
+    (`ops.products`).
 
     Args:
         x: any floating dtype.

@@ -13,11 +13,11 @@ from allmlp.ops.execution import autocast
 
 
 def multiply(product: Callable[..., Tensor], *factors: Tensor | None) -> Tensor:
-    """`product(*factors)`, which every dtype of the factors goes through in the fastest way.
+    """`product(*factors)`, in float32 where the processor has no instructions for the factors' dtype.
 
     Args:
         product: a matrix product, which may add something: a function of these tensors alone.
-        factors: its arguments; under autocast in the dtype they have, which `product` would cast.
+        factors: its arguments, the first one not None; under autocast they are cast as torch's products cast them.
 
     Returns:
         The product in the factors' dtype, autocast's where that is on.
