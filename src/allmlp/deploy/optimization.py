@@ -86,7 +86,7 @@ def optimize(
         model: a network of one input; it is left as it is.
         example_inputs: an input as the form will be given them: same shape, float32, same device.
         dtype: `torch.bfloat16` has the form compute in bfloat16, save on a CPU without instructions for it, where
-            nothing is faster than float32; `torch.int8` in int8 (OpenVINO with nncf), for which the example is what
+            that gains no time; `torch.int8` in int8 (OpenVINO with nncf), for which the example is what
             activations' ranges are taken from: give it inputs as they will come, and evaluate the form. Otherwise it
             computes in float32.
         engine: `"auto"`, or the engine to take: `"eager"`, `"inductor"`, `"openvino"`, `"onnxruntime"`.

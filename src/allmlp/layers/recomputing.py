@@ -49,10 +49,10 @@ def mapped(linear: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor
     alone = is_plain_inference() or is_compiled_inference()
     fits = alone and (act is None or (type(act) is nn.GELU and not is_watched(act)))
     gelu = act.approximate if fits and act is not None else None
-    if fits and is_plain_linear(linear, x):
-        return ops.linear(x, linear.weight, linear.bias, gelu)  # type: ignore[arg-type]  (nn.GELU says str)
-    widens = is_plain_linear(linear, x) and multiplies_in_float32(x, linear.weight, linear.bias)
-    y = ops.linear(x, linear.weight, linear.bias) if widens else linear(x)
+    if is_plain_linear(linear, x) and (fits or multiplies_in_float32(x, linear.weight, linear.bias)):
+        y = ops.linear(x, linear.weight, linear.bias, gelu)  # type: ignore[arg-type]  (nn.GELU says str)
+        return y if act is None or gelu is not None else act(y)
+    y = linear(x)
     if gelu is not None and type(linear) is TokenLinear and not is_watched(linear):
         return gelu_of_product(y, gelu)
     return y if act is None else act(y)

@@ -1,7 +1,7 @@
 """Products of 16-bit factors on a CPU that has no instructions for them.
 
-There torch multiplies them number by number: ten times (linear maps) to sixty times (batched products) as slowly as in
-float32. So they are multiplied in float32, and the result is rounded, which is what instructions for them do.
+There torch multiplies them number by number, many times as slowly as in float32 (docs/speed.md, "Without 16-bit
+instructions"). So they are multiplied in float32 and the result is rounded, which is what instructions for them do.
 """
 
 from collections.abc import Callable
