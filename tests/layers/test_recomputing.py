@@ -1,3 +1,6 @@
+import copy
+from functools import partial
+
 import pytest
 import torch
 from timm.layers import DropPath, Mlp
@@ -5,7 +8,7 @@ from torch import Tensor, nn
 
 from allmlp import ops
 from allmlp.layers import AxialShift, ChannelMLP, PermuteMLP, TokenLinear, WeightedPermuteMLP
-from allmlp.layers.recomputing import mapped, mapped_halves, residual
+from allmlp.layers.recomputing import activated, mapped, mapped_halves, residual
 from allmlp.ops import linear_onto
 from allmlp.vision.gmlp import GMLPBlock
 from allmlp.vision.s2mlpv2 import S2Attention
@@ -128,6 +131,20 @@ def test_halves_of_what_somebody_watches(watch) -> None:
 def test_halves_of_an_adapter() -> None:
     adapter, act, x = nn.Sequential(nn.Linear(6, 8)), nn.GELU(), torch.randn(2, 5, 6)
     assert torch.equal(torch.cat(mapped_halves(adapter, x, act), -1), act(adapter(x)))
+
+
+@pytest.mark.parametrize("act", [nn.GELU(), nn.GELU("tanh"), nn.SiLU()], ids=str)
+def test_activations_of_compiled_models(act: nn.Module, unchecked: None) -> None:
+    x = torch.randn(3, 4)
+    watched, seen = copy.deepcopy(act), []
+    watched.register_forward_hook(lambda module, given, out: seen.append(out))
+    with torch.no_grad():
+        expected = act(x)
+        for layer in act, watched:
+            torch.compiler.reset()
+            out = torch.compile(partial(activated, layer), backend="eager")(x)
+            torch.testing.assert_close(out, expected)
+    assert len(seen) == 1
 
 
 BRANCHES = {

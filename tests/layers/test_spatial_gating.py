@@ -204,6 +204,22 @@ def test_feed_forward_keeps_both_halves_and_the_gate() -> None:
     assert shapes == 5 * [(2, TOKENS, CHANNELS // 2)]
 
 
+def test_feed_forward_compiled_for_inference(unchecked: None) -> None:
+    parts, x = tuple(part.float() for part in network()), torch.randn(2, TOKENS, BLOCK)
+    products: list[tuple[int, ...]] = []
+
+    def look(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]):
+        for node in graph.graph.nodes:
+            if node.target is torch.nn.functional.linear:
+                products.append(tuple(node.meta["example_value"].shape))
+        return graph.forward
+
+    with torch.no_grad():
+        out = torch.compile(gated_feed_forward, backend=look, fullgraph=True)(*parts, x)
+        assert_close(out, gated_feed_forward(*parts, x).double())
+    assert products[:2] == 2 * [(2, TOKENS, CHANNELS // 2)]
+
+
 def test_a_new_unit_passes_its_input_on() -> None:
     layer = SpatialGatingUnit(CHANNELS, TOKENS, heads=2)
     x = torch.randn(2, TOKENS, CHANNELS)

@@ -133,6 +133,15 @@ def test_compiled(stored: list[str], unchecked: None, autocast: bool) -> None:
         assert torch.equal(longer, torch.cat((out, out)))
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("gelu", [None, "none", "tanh"])
+def test_compiled_in_float32(unchecked: None, gelu: str | None, bias: bool) -> None:
+    x, weight, offset = _drawn(torch.float32, 2, 7, bias=bias)
+    compiled = torch.compile(lambda x: linear(x, weight, offset, gelu), backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        assert_close(compiled(x), linear_reference(x, weight, offset, gelu))
+
+
 @multiplies_bfloat16
 @pytest.mark.parametrize("bias", [True, False])
 def test_operator(bias: bool) -> None:

@@ -26,3 +26,13 @@ def test_output_and_gradients(batch: int, read: int, written: int, channels: int
 def test_one_bias_for_all_tokens() -> None:
     x, weight = torch.randn(2, 3, 4), torch.randn(5, 3)
     assert torch.equal(token_linear(x, weight, torch.ones(1)), token_linear(x, weight, torch.ones(5)))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiled_inference(unchecked: None, autocast: bool) -> None:
+    x, weight, bias = torch.randn(2, 3, 4), torch.randn(5, 3), torch.randn(5)
+    compiled = torch.compile(lambda x: token_linear(x, weight, bias), backend="aot_eager", fullgraph=True)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = compiled(x)
+        assert out.dtype == (torch.bfloat16 if autocast else torch.float32)
+        assert_close(out, token_linear_reference(x, weight, bias))

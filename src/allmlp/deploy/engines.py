@@ -38,7 +38,8 @@ def inductor(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Runner:
     if example.device.type == "cpu":
         _require_cpp_compiler()
     model = copy.deepcopy(model).to(dtype)
-    compiled = torch.compile(model, fullgraph=True, dynamic=False)
+    options = _CPU_OPTIONS if example.device.type == "cpu" else None
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, options=options)
 
     def run(x: Tensor) -> Tensor:
         with torch.no_grad():
@@ -112,6 +113,10 @@ ENGINES: dict[str, Callable[[nn.Module, Tensor, torch.dtype], Runner]] = {
     "openvino": openvino,
     "onnxruntime": onnxruntime,
 }
+
+
+# By itself it computes again, in each kernel that reads it, what takes up to 30 operations.
+_CPU_OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {"realize_opcount_threshold": 6}
 
 
 def _quantized(network: Any, example: Tensor) -> Any:

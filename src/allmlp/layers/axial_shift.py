@@ -4,6 +4,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from allmlp.layers.recomputing import (
+    activated,
     adds_onto,
     is_plain_linear,
     is_watched,
@@ -53,7 +54,7 @@ class AxialShift(nn.Module):
         onto: Float[Tensor, "batch height width channels"] | None = None,
     ) -> Float[Tensor, "batch height width channels"]:
         """Mix `x`; the result is added to `onto` where that is given."""
-        x = self.act(self.norm1(mapped(self.conv1, x)))
+        x = activated(self.act, self.norm1(mapped(self.conv1, x)))
         along_width, along_height = self._along(self.conv2_1, x, "width"), self._along(self.conv2_2, x, "height")
         if type(self.norm2) is not SampleNorm or is_watched(self.norm2):
             y = self.conv3(self.norm2(self.act(along_width) + self.act(along_height)))
@@ -71,7 +72,8 @@ class AxialShift(nn.Module):
         return linear(axial_shift(x, self.shift_size, axis))
 
     def _merge(self, along_width: Tensor, along_height: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return sample_norm(self.act(along_width) + self.act(along_height), weight, bias, self.norm2.eps)
+        merged = activated(self.act, along_width) + activated(self.act, along_height)
+        return sample_norm(merged, weight, bias, self.norm2.eps)
 
     def extra_repr(self) -> str:
         return f"shift_size={self.shift_size}"

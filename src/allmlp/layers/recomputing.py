@@ -10,7 +10,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from allmlp import ops
 from allmlp.layers.token_linear import TokenLinear
 from allmlp.ops.execution import is_compiled_inference, is_plain_inference, is_plain_training
-from allmlp.ops.linear import gelu_of_product
+from allmlp.ops.gelu import gelu_of_product
 from allmlp.ops.products import multiplies_in_float32
 from allmlp.ops.recomputing import Across, recomputing_linear
 
@@ -56,6 +56,13 @@ def mapped(linear: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor
     if gelu is not None and type(linear) is TokenLinear and not is_watched(linear):
         return gelu_of_product(y, gelu)
     return y if act is None else act(y)
+
+
+def activated(act: nn.Module, x: Tensor) -> Tensor:
+    """`act(x)`; in compiled inference by `ops.gelu`, unless `act` is no `nn.GELU` or is watched."""
+    if is_compiled_inference() and type(act) is nn.GELU and not is_watched(act):
+        return ops.gelu(x, act.approximate)
+    return act(x)
 
 
 def mapped_onto(onto: Tensor | None, linear: nn.Module, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from allmlp.layers.recomputing import is_watched, linear_after, mapped, mapped_h
 from allmlp.layers.resampling import GridBound
 from allmlp.ops import normalized_spatial_gating, toeplitz_matrix, toeplitz_product
 from allmlp.ops.backends import takes_fused
-from allmlp.ops.execution import is_plain_inference, is_plain_training
+from allmlp.ops.execution import is_compiled_inference, is_plain_inference, is_plain_training
 from allmlp.ops.resampling import Grid, resample_read, resample_written
 from allmlp.ops.spatial_gating import apply_gate, finished_gate, normalized_projection, spatial_projection
 
@@ -344,7 +344,8 @@ def _takes_halves(sgu: nn.Module, x: Tensor) -> TypeGuard[SpatialGatingUnit]:
     """Whether nobody notices, for inputs like `x`, that the unit's `gate` is called in the unit's place."""
     if type(sgu) is not SpatialGatingUnit or not sgu.split or is_watched(sgu) or not isinstance(x, Tensor):
         return False
-    plain = is_plain_inference() or is_plain_training(x, sgu.weight)
+    compiled = is_compiled_inference() and x.is_cpu
+    plain = compiled or is_plain_inference() or is_plain_training(x, sgu.weight)
     return plain and not takes_fused("normalized_spatial_gating", "auto", x, sgu.weight)
 
 

@@ -7,6 +7,7 @@ from allmlp.ops.axial_shift import (
     axial_shift_reference,
 )
 from allmlp.ops.backends import set_fused
+from allmlp.ops.gelu import gelu, gelu_reference
 from allmlp.ops.linear import linear, linear_onto, linear_onto_reference, linear_reference
 from allmlp.ops.permute_linear import permute_linear, permute_linear_reference
 from allmlp.ops.recomputing import recomputing_linear, recomputing_linear_reference
@@ -42,6 +43,8 @@ __all__ = [
     "axial_shift_linear",
     "axial_shift_linear_reference",
     "axial_shift_reference",
+    "gelu",
+    "gelu_reference",
     "linear",
     "linear_onto",
     "linear_onto_reference",

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from allmlp.ops.execution import autocast, is_compiled_inference, is_plain_inference, is_plain_training
+from allmlp.ops.gelu import gelu_of_product
 from allmlp.ops.products import WITHOUT_INSTRUCTIONS, multiplies_in_float32, multiply
 
 Gelu = Literal["none", "tanh"]
@@ -51,7 +52,14 @@ def linear(
     if given is not None:
         product = torch.ops.allmlp.linear if torch.compiler.is_compiling() else _product
         return product(*given, gelu=gelu)
-    y = _widened_product(x, weight, bias) if _gains_in_float32(x, weight, bias) else F.linear(x, weight, bias)
+    if _gains_in_float32(x, weight, bias):
+        y = _widened_product(x, weight, bias)
+    elif bias is not None and gelu is not None and is_compiled_inference() and x.is_cpu:
+        # torch writes the bias out in front of the product; the compiler adds it in the activation, read once.
+        x, weight, bias = autocast(x, weight, bias)
+        y = F.linear(x, weight) + bias
+    else:
+        y = F.linear(x, weight, bias)
     return y if gelu is None else gelu_of_product(y, gelu)
 
 
@@ -94,13 +102,6 @@ def linear_onto(
     # Another map beside `x`, which may be a wide hidden layer, would be the highest point of memory.
     alone = type(y) is Tensor and is_plain_inference() and torch.result_type(y, onto) == y.dtype
     return y.add_(onto) if alone else onto + y
-
-
-def gelu_of_product(y: Tensor, approximate: str) -> Tensor:
-    """The GELU of a product that nobody else reads: written over it in plain inference."""
-    if type(y) is Tensor and is_plain_inference():
-        return torch.ops.aten.gelu_(y, approximate=approximate)
-    return F.gelu(y, approximate=approximate)
 
 
 def linear_weight_gradient(

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from allmlp.ops.execution import autocast, is_plain_training
+from allmlp.ops.execution import autocast, is_compiled_inference, is_plain_training
 from allmlp.ops.products import multiply
 
 
@@ -93,4 +93,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _added_product(bias: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+    if is_compiled_inference() and x.is_cpu:
+        # torch would write the bias out in front of the product; the compiler adds it in what comes behind.
+        return torch.bmm(weight.expand(x.shape[0], -1, -1), x) + bias.unsqueeze(-1)
     return torch.baddbmm(bias.unsqueeze(-1), weight.expand(x.shape[0], -1, -1), x)
