@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from allmlp.deploy.engines import ENGINES, Runner, dtype_name
 from allmlp.errors import UserError, nearest
 from allmlp.ops import products
-from allmlp.timing import time_in_turn
+from allmlp.timing import Timing, time_in_turn
 
 # Largest deviation from the original's output, relative to its largest number.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.int8: 0.25}
 _ROUNDS = 5
+_CLOSE = 1.2  # times as long as the fastest: on a busy machine it could be the fastest next time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +80,9 @@ def optimize(
     """The fastest equivalent form of a network on this machine, its output checked against the original's.
 
     Every engine that works here (torch as it is, torch's compiler, OpenVINO and ONNX Runtime where
-    they are installed) is given the network, must reproduce its output, and is timed in turn with the others. Outputs
-    may differ by 1e-4 of the largest number in float32, by 0.05 in bfloat16 and 0.25 in int8.
+    they are installed) is given the network, must reproduce its output, and is timed in turn with the others, twice
+    where others are close to the fastest. Outputs may differ by 1e-4 of the largest number in float32, by 0.05 in
+    bfloat16 and 0.25 in int8.
 
     Args:
         model: a network of one input; it is left as it is.
@@ -134,8 +136,13 @@ def optimize(
         model.train(training)
     if not runners:
         raise RuntimeError("; ".join(f"{name}: {candidate.reason}" for name, candidate in tried.items()))
-    times = time_in_turn({name: lambda run=run: run(example) for name, run in runners.items()}, rounds=_ROUNDS)
+    times = _times(runners, example)
     fastest = min(times, key=lambda name: times[name].ratio)
+    close = {name: run for name, run in runners.items() if times[name].ratio <= _CLOSE * times[fastest].ratio}
+    if len(close) > 1:
+        again = _times(close, example)
+        fastest = min(again, key=lambda name: again[name].ratio)
+        times |= again
     candidates = tuple(
         Candidate(
             engine=name,
@@ -146,6 +153,10 @@ def optimize(
         for name, candidate in tried.items()
     )
     return OptimizedModel(runners[fastest], fastest, dtype, example, candidates)
+
+
+def _times(runners: dict[str, Runner], example: Tensor) -> dict[str, Timing]:
+    return time_in_turn({name: lambda run=run: run(example) for name, run in runners.items()}, rounds=_ROUNDS)
 
 
 def _checked_example(example_inputs: Tensor | tuple[Tensor]) -> Tensor:
