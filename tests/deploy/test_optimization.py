@@ -12,6 +12,7 @@ import allmlp
 from allmlp.deploy import engines
 from allmlp.errors import UserError
 from allmlp.ops import products
+from allmlp.timing import Timing
 
 NANO = "gmlp_nano_patch4_32"
 
@@ -127,6 +128,23 @@ def test_the_fastest_of_those_that_agree_is_taken(image: torch.Tensor, monkeypat
     assert reasons["broken"] == "ArithmeticError: no such operator"
     with pytest.raises(RuntimeError, match="wrong: its output is"):
         allmlp.optimize(_model(), image, engine="wrong")
+
+
+def test_those_close_to_the_fastest_are_timed_again(image: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = iter([{"one": 1.0, "two": 1.1, "three": 1.3}, {"one": 1.0, "two": 0.9}])
+    timed: list[list[str]] = []
+
+    def time_in_turn(contenders: dict, *, rounds: int) -> dict[str, Timing]:
+        timed.append(list(contenders))
+        return {name: Timing(milliseconds=ratio, ratio=ratio) for name, ratio in next(measured).items()}
+
+    same = engines.ENGINES["eager"]
+    monkeypatch.setattr("allmlp.deploy.optimization.ENGINES", {"one": same, "two": same, "three": same})
+    monkeypatch.setattr("allmlp.deploy.optimization.time_in_turn", time_in_turn)
+    form = allmlp.optimize(_model(), image)
+    assert timed == [["one", "two", "three"], ["one", "two"]]
+    assert form.engine == "two"
+    assert [candidate.milliseconds for candidate in form.candidates] == [1.0, 0.9, 1.3]
 
 
 def test_missing_compiler_is_named(image: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from torch import nn
 
 from allmlp.layers import SpatialGatingUnit, TinyAttention
 from allmlp.layers.spatial_gating import gated_feed_forward, visible_tokens
+from tests.compilers import need_to_know_the_compiler
 from tests.layers.parity import assert_matches, normalise
 from tests.tolerances import assert_close
 
@@ -205,6 +206,7 @@ def test_feed_forward_keeps_both_halves_and_the_gate() -> None:
 
 
 def test_feed_forward_compiled_for_inference(unchecked: None) -> None:
+    need_to_know_the_compiler()
     parts, x = tuple(part.float() for part in network()), torch.randn(2, TOKENS, BLOCK)
     products: list[tuple[int, ...]] = []
 

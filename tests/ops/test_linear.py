@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from allmlp.ops import linear, linear_onto, linear_onto_reference, linear_reference
 from allmlp.ops.linear import _MULTIPLIES_BFLOAT16, linear_weight_gradient
+from tests.compilers import need_to_know_the_compiler
 from tests.tolerances import assert_close
 
 multiplies_bfloat16 = pytest.mark.skipif(
@@ -140,6 +141,21 @@ def test_compiled_in_float32(unchecked: None, gelu: str | None, bias: bool) -> N
     compiled = torch.compile(lambda x: linear(x, weight, offset, gelu), backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         assert_close(compiled(x), linear_reference(x, weight, offset, gelu))
+
+
+@pytest.mark.parametrize(("gelu", "apart"), [("none", True), (None, False)])
+def test_a_compiler_adds_the_bias_in_the_activation(unchecked: None, gelu: str | None, apart: bool) -> None:
+    need_to_know_the_compiler()
+    x, weight, bias = _drawn(torch.float32, 2, 7)
+    given: list[int] = []
+
+    def look(graph: torch.fx.GraphModule, inputs: list[Tensor]):
+        given.extend(len(node.args) for node in graph.graph.nodes if node.target is F.linear)
+        return graph.forward
+
+    with torch.no_grad():
+        torch.compile(lambda x: linear(x, weight, bias, gelu), backend=look, fullgraph=True)(x)
+    assert given == [2 if apart else 3]
 
 
 @multiplies_bfloat16

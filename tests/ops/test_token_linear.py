@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from allmlp.ops import token_linear, token_linear_reference
+from tests.compilers import need_to_know_the_compiler
 from tests.tolerances import assert_close
 
 
@@ -36,3 +37,18 @@ def test_compiled_inference(unchecked: None, autocast: bool) -> None:
         out = compiled(x)
         assert out.dtype == (torch.bfloat16 if autocast else torch.float32)
         assert_close(out, token_linear_reference(x, weight, bias))
+
+
+def test_a_compiler_adds_the_bias_behind_the_product(unchecked: None) -> None:
+    need_to_know_the_compiler()
+    x, weight, bias = torch.randn(2, 3, 4), torch.randn(5, 3), torch.randn(5)
+    called: list[object] = []
+
+    def look(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]):
+        called.extend(node.target for node in graph.graph.nodes)
+        return graph.forward
+
+    with torch.no_grad():
+        torch.compile(lambda x: token_linear(x, weight, bias), backend=look, fullgraph=True)(x)
+    assert torch.bmm in called
+    assert torch.baddbmm not in called
