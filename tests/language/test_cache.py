@@ -27,6 +27,11 @@ def decode(model: GMLPForCausalLM, ids: torch.Tensor, chunks: list[int], mask: t
     return [torch.cat(logits, dim=1), cache]
 
 
+def of(n: int, length: int) -> list[int]:
+    """Chunks of `n` tokens, and one of what is left over."""
+    return [n] * (length // n) + [length % n] * (length % n > 0)
+
+
 def whole(model: GMLPForCausalLM, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     with torch.no_grad():
         return model(ids, attention_mask=mask, use_cache=False).logits
@@ -68,19 +73,19 @@ def test_a_mask_may_come_and_go() -> None:
 def test_toeplitz_streams_exactly_beyond_its_trained_length(options, length) -> None:
     model, ids = tiny_model(GMLPForCausalLM, **options), tokens(2, length)
     expected = whole(model, ids)
-    for chunks in ([1] * length, [30, 1, 5] + [1] * (length - 36), [length - 2, 1, 1]):
+    for chunks in ([1] * length, [30, 1, 5, *of(3, length - 36)], [length - 2, 1, 1]):
         logits = decode(model, ids, chunks)[0]
         assert_close(logits, expected.double())
     mask = torch.ones(2, length)
     mask[0, :7] = 0
-    logits = decode(model, ids, [20] + [1] * (length - 20), mask)[0]
+    logits = decode(model, ids, [20, *of(4, length - 20)], mask)[0]
     assert_close(logits[1], expected[1].double())
     assert_close(logits[0, 7:], whole(model, ids[:1, 7:])[0].double())
 
 
 def test_streaming_takes_no_more_memory_than_the_reach() -> None:
     model = tiny_model(GMLPForCausalLM, spatial_weight="toeplitz")
-    cache = decode(model, tokens(1, 700), [1] * 700)[1]
+    cache = decode(model, tokens(1, 700), of(10, 700))[1]
     assert cache.kept[0].buffers["gate"].shape[1] == cache.window == 2 * (CONTEXT + 128)
     assert cache.base > 400
 
@@ -113,7 +118,7 @@ def test_taken_back_tokens_leave_no_trace(options) -> None:
 
 def test_crop_refuses_what_it_cannot_do() -> None:
     model = tiny_model(GMLPForCausalLM, spatial_weight="toeplitz")
-    cache = decode(model, tokens(1, 600), [1] * 600)[1]
+    cache = decode(model, tokens(1, 600), of(10, 600))[1]
     with pytest.raises(ValueError, match="cannot take back 590 tokens"):
         cache.crop(-590)
     with pytest.raises(ValueError, match="crop takes a number from -600 to 0, got 1"):

@@ -24,8 +24,8 @@ KERNELS = {
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10}
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("capability", SHARED_MEMORY)
+# Both capabilities and both widths; float32 takes more shared memory, and 8.0 has less.
+@pytest.mark.parametrize(("capability", "dtype"), [(80, "float32"), (90, "bfloat16")])
 def test_kernels_compile_and_fit(capability: int, dtype: str, tmp_path: Path) -> None:
     # In a process of its own, which is not told to interpret.
     own = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
