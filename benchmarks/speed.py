@@ -125,12 +125,12 @@ def _beside_engines(model: str, dtype: str, batch_size: int, paths: dict[str, Pa
     runners = {
         OURS: lambda: optimized(image),
         FLOOR: replay(products),
-        "allmlp, eager": ENGINES["eager"](ours, image, precision),
-        f"{peer.name}, eager, float32": ENGINES["eager"](theirs, image, torch.float32),
+        "allmlp, eager": ENGINES["eager"](ours, (image,), precision),
+        f"{peer.name}, eager, float32": ENGINES["eager"](theirs, (image,), torch.float32),
     }
     for engine in ("openvino", "onnxruntime"):
         try:
-            runners[f"{peer.name}, {engine}"] = ENGINES[engine](theirs, image, precision)
+            runners[f"{peer.name}, {engine}"] = ENGINES[engine](theirs, (image,), precision)
         except EngineMissingError as reason:
             _leave_out(str(reason))
     steps = {name: run if name in (OURS, FLOOR) else lambda run=run: run(image) for name, run in runners.items()}

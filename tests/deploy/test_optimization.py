@@ -7,8 +7,10 @@ import pytest
 import timm
 import torch
 from torch import nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import allmlp
+from allmlp import GMLPConfig, GMLPForCausalLM
 from allmlp.deploy import engines
 from allmlp.errors import UserError
 from allmlp.ops import products
@@ -101,15 +103,15 @@ def test_compiled(image: torch.Tensor) -> None:
 
 
 def test_the_fastest_of_those_that_agree_is_taken(image: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(model, example, dtype):
-        return lambda x: torch.zeros(2, 10)
+    def wrong(model, examples, dtype):
+        return lambda x: [torch.zeros(2, 10)]
 
-    def broken(model, example, dtype):
+    def broken(model, examples, dtype):
         raise ArithmeticError("no such operator\nand a long trace")
 
-    def slow(model, example, dtype):
-        run = engines.eager(model, example, dtype)
-        return lambda x: sum(run(x) for _ in range(20)) / 20
+    def slow(model, examples, dtype):
+        run = engines.eager(model, examples, dtype)
+        return lambda x: [run(x) for _ in range(20)][-1]
 
     monkeypatch.setattr(
         "allmlp.deploy.optimization.ENGINES",
@@ -158,10 +160,75 @@ def test_missing_compiler_is_named(image: torch.Tensor, monkeypatch: pytest.Monk
         allmlp.optimize(_model(), image, engine="inductor")
 
 
+@pytest.mark.parametrize("engine", ["eager", "openvino", "onnxruntime"])
+@pytest.mark.usefixtures("unchecked")
+def test_text_and_its_mask_by_name(engine: str) -> None:
+    if engine != "eager":
+        pytest.importorskip(engine)
+    sizes = {"vocab_size": 31, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    model = GMLPForCausalLM(GMLPConfig(**sizes, max_position_embeddings=12, tiny_attention_size=4))
+
+    def padded(zeros: list[int]) -> dict[str, torch.Tensor]:
+        mask = (torch.arange(12) >= torch.tensor(zeros)[:, None]).long()
+        return {"input_ids": torch.randint(31, (2, 12)), "attention_mask": mask}
+
+    form = allmlp.optimize(model, padded([3, 0]), engine=engine)
+    assert model.config.use_cache
+    other = padded([0, 5])
+    with torch.no_grad():
+        expected = model.eval()(**other).logits
+    output = form(**other)
+    assert (type(output), list(output)) == (CausalLMOutputWithPast, ["logits"])
+    real = other["attention_mask"].bool()
+    torch.testing.assert_close(output.logits[real], expected[real], rtol=1e-4, atol=1e-5)
+    named = "this form takes input_ids, attention_mask by name, got "
+    with pytest.raises(TypeError, match=named + "input_ids"):
+        form(input_ids=other["input_ids"])
+    with pytest.raises(TypeError, match=named + "an input without a name, an input without a name"):
+        form(*other.values())
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_maps_of_several_sizes_come_as_the_model_gives_them() -> None:
+    model = timm.create_model("asmlp_nano_patch2_32", features_only=True).eval()
+    image = torch.randn(2, 3, 32, 32)
+    form = allmlp.optimize(model, image, engine="openvino")
+    got, expected = form(image), model(image)
+    assert isinstance(got, list)
+    assert [y.shape for y in got] == [y.shape for y in expected]
+    for y, reference in zip(got, expected, strict=True):
+        assert (y - reference).abs().max() < 1e-4 * reference.abs().max()
+
+
 def test_other_inputs_are_refused(image: torch.Tensor) -> None:
     form = allmlp.optimize(_model(), image, engine="eager")
     with pytest.raises(ValueError, match="made for inputs like float32 2 × 3 × 32 × 32 on cpu, got float32 1 × 3"):
         form(image[:1])
+    with pytest.raises(TypeError, match="takes 1 inputs without names, got 2"):
+        form(image, image)
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        (lambda x: {"y": x, "z": "text"}, "output must consist of tensors, it holds str"),
+        (lambda x: x / 0, "output for the example is not finite"),
+    ],
+)
+def test_outputs_that_no_form_can_be_checked_against(output, message: str, image: torch.Tensor) -> None:
+    class Network(nn.Module):
+        def forward(self, x: torch.Tensor):
+            return output(x)
+
+    with pytest.raises(UserError, match=message):
+        allmlp.optimize(Network(), image)
+
+
+def test_an_output_of_zeros_is_equal_to_zeros(image: torch.Tensor) -> None:
+    model = _model()
+    nn.init.zeros_(model.head.weight)
+    nn.init.zeros_(model.head.bias)
+    assert not allmlp.optimize(model, image, engine="eager")(image).any()
 
 
 @pytest.mark.parametrize(
@@ -169,8 +236,15 @@ def test_other_inputs_are_refused(image: torch.Tensor) -> None:
     [
         ({"engine": "openvin"}, "engine must be one of .*, got 'openvin'. Did you mean 'openvino'"),
         ({"dtype": torch.float16}, "dtype must be one of torch.float32, torch.bfloat16, torch.int8, got torch.float16"),
-        ({"example_inputs": "image"}, "example_inputs must be one tensor, got str"),
-        ({"example_inputs": torch.zeros(1, 3, 32, 32, dtype=torch.int64)}, "the example must be float32, got int64"),
+        ({"example_inputs": "image"}, "example_inputs must be tensors, got str"),
+        ({"example_inputs": [torch.zeros(1), 3]}, "example_inputs must be tensors, got Tensor, int"),
+        (
+            {"example_inputs": torch.zeros(1, 3, 32, 32, dtype=torch.float64)},
+            "the example must be float32, got float64",
+        ),
+        ({"example_inputs": torch.zeros(0, 3, 32, 32)}, "example_inputs is empty"),
+        ({"example_inputs": {}}, "example_inputs is empty"),
+        ({"example_inputs": [torch.zeros(1), torch.zeros(1, device="meta")]}, "on one device, it lies on cpu, meta"),
     ],
 )
 def test_misuse(change: dict, message: str, image: torch.Tensor) -> None:

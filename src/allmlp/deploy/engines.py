@@ -10,63 +10,55 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from allmlp.errors import UserError
 
-Runner = Callable[[Tensor], Tensor]
+# Takes the network's inputs, one after another, and gives the tensors of its output in torch's order of leaves.
+Runner = Callable[..., list[Tensor]]
 
 
 class EngineMissingError(UserError):
     """An engine cannot work on this machine, or not with what was asked for."""
 
 
-def eager(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Runner:
+def eager(model: nn.Module, examples: tuple[Tensor, ...], dtype: torch.dtype) -> Runner:
     """torch without a compiler, in `dtype`."""
     _require_floating("eager", dtype)
-    model = copy.deepcopy(model).to(dtype)
-
-    def run(x: Tensor) -> Tensor:
-        with torch.no_grad():
-            return model(x.to(dtype))
-
-    return run
+    return _in_torch(copy.deepcopy(model).to(dtype), dtype)
 
 
-def inductor(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Runner:
+def inductor(model: nn.Module, examples: tuple[Tensor, ...], dtype: torch.dtype) -> Runner:
     """torch's compiler."""
     _require_floating("inductor", dtype)
-    if example.device.type == "cpu":
+    on_cpu = examples[0].device.type == "cpu"
+    if on_cpu:
         _require_cpp_compiler()
+    options = _CPU_OPTIONS if on_cpu else None
     model = copy.deepcopy(model).to(dtype)
-    options = _CPU_OPTIONS if example.device.type == "cpu" else None
-    compiled = torch.compile(model, fullgraph=True, dynamic=False, options=options)
-
-    def run(x: Tensor) -> Tensor:
-        with torch.no_grad():
-            return compiled(x.to(dtype))
-
-    run(example)
+    run = _in_torch(torch.compile(model, fullgraph=True, dynamic=False, options=options), dtype)
+    run(*examples)
     return run
 
 
-def openvino(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Runner:
+def openvino(model: nn.Module, examples: tuple[Tensor, ...], dtype: torch.dtype) -> Runner:
     """OpenVINO on the CPU, computing in `dtype`.
 
     In int8 it is quantised by NNCF after training: weights channel by channel, activations by the range they have for
     the example, whatever has no int8 form in bfloat16 where the processor has it.
     """
-    _require_cpu("openvino", example)
+    _require_cpu("openvino", examples)
     try:
         import openvino as ov
     except ImportError as error:
         raise EngineMissingError("engine 'openvino' is not installed: pip install openvino") from error
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        converted = ov.convert_model(torch.export.export(model, (example,)))
+        converted = ov.convert_model(torch.export.export(model, examples))
     core = ov.Core()
     precision = "f32" if dtype == torch.float32 else "bf16"
     if dtype == torch.int8:
-        converted = _quantized(converted, example)
+        converted = _quantized(converted, examples)
         if "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
             precision = "f32"
     options = {
@@ -76,15 +68,16 @@ def openvino(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Runner:
     }
     compiled = core.compile_model(converted, "CPU", options)
 
-    def run(x: Tensor) -> Tensor:
-        return torch.from_numpy(compiled(x.numpy(), share_inputs=True)[0])
+    def run(*inputs: Tensor) -> list[Tensor]:
+        found = compiled([x.numpy() for x in inputs], share_inputs=True)
+        return [torch.from_numpy(found[i]) for i in range(len(found))]
 
     return run
 
 
-def onnxruntime(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Runner:
+def onnxruntime(model: nn.Module, examples: tuple[Tensor, ...], dtype: torch.dtype) -> Runner:
     """ONNX Runtime on the CPU; its kernels compute in float32."""
-    _require_cpu("onnxruntime", example)
+    _require_cpu("onnxruntime", examples)
     if dtype != torch.float32:
         raise EngineMissingError(f"engine 'onnxruntime' computes in float32 on a CPU, not in {dtype_name(dtype)}")
     try:
@@ -94,20 +87,21 @@ def onnxruntime(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Runner
         raise EngineMissingError("engine 'onnxruntime' needs: pip install onnxruntime onnx onnxscript") from error
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(model, (example,), dynamo=True, verbose=False)
+        program = torch.onnx.export(model, examples, dynamo=True, verbose=False)
     assert program is not None
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = ort.InferenceSession(program.model_proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
+    names = [given.name for given in session.get_inputs()]
 
-    def run(x: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {name: x.numpy()})[0])
+    def run(*inputs: Tensor) -> list[Tensor]:
+        given = {name: x.numpy() for name, x in zip(names, inputs, strict=True)}
+        return [torch.from_numpy(found) for found in session.run(None, given)]
 
     return run
 
 
-ENGINES: dict[str, Callable[[nn.Module, Tensor, torch.dtype], Runner]] = {
+ENGINES: dict[str, Callable[[nn.Module, tuple[Tensor, ...], torch.dtype], Runner]] = {
     "eager": eager,
     "inductor": inductor,
     "openvino": openvino,
@@ -119,8 +113,16 @@ ENGINES: dict[str, Callable[[nn.Module, Tensor, torch.dtype], Runner]] = {
 _CPU_OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {"realize_opcount_threshold": 6}
 
 
-def _quantized(network: Any, example: Tensor) -> Any:
-    """An OpenVINO network with the int8 products of NNCF, calibrated with an example."""
+def _in_torch(network: Callable[..., Any], dtype: torch.dtype) -> Runner:
+    def run(*inputs: Tensor) -> list[Tensor]:
+        with torch.no_grad():
+            return tree_leaves(network(*(x.to(dtype) if x.is_floating_point() else x for x in inputs)))
+
+    return run
+
+
+def _quantized(network: Any, examples: tuple[Tensor, ...]) -> Any:
+    """An OpenVINO network with the int8 products of NNCF, calibrated with the example."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -137,7 +139,7 @@ def _quantized(network: Any, example: Tensor) -> Any:
     with contextlib.redirect_stdout(io.StringIO()):
         return nncf.quantize(
             network,
-            nncf.Dataset([example.numpy()]),
+            nncf.Dataset([[x.numpy() for x in examples]]),
             subset_size=1,
             preset=nncf.QuantizationPreset.MIXED,
             advanced_parameters=unaltered,
@@ -160,9 +162,10 @@ def _require_cpp_compiler() -> None:
         ) from error
 
 
-def _require_cpu(engine: str, example: Tensor) -> None:
-    if example.device.type != "cpu":
-        raise EngineMissingError(f"engine {engine!r} runs on a CPU here, the example lies on {example.device.type!r}")
+def _require_cpu(engine: str, examples: tuple[Tensor, ...]) -> None:
+    device = examples[0].device.type
+    if device != "cpu":
+        raise EngineMissingError(f"engine {engine!r} runs on a CPU here, the example lies on {device!r}")
 
 
 def dtype_name(dtype: torch.dtype) -> str:

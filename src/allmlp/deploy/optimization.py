@@ -1,9 +1,13 @@
 """`allmlp.optimize`: the fastest of the equivalent forms that this machine can run."""
 
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from allmlp.deploy.engines import ENGINES, Runner, dtype_name
 from allmlp.errors import UserError, nearest
@@ -47,35 +51,50 @@ class OptimizedModel(nn.Module):
         run: Runner,
         engine: str,
         dtype: torch.dtype,
-        example: Tensor,
+        examples: tuple[Tensor, ...],
+        names: tuple[str, ...],
+        output: "_Output",
         candidates: tuple[Candidate, ...],
     ) -> None:
         super().__init__()
         self.engine = engine
         self.dtype = dtype
         self.candidates = candidates
-        self._run = run
-        self._shape, self._input_dtype, self._device = example.shape, example.dtype, example.device
+        self._run, self._output, self._names = run, output, names
+        self._kinds = tuple(map(_kind, examples))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The network's output, typed like its input.
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Any:
+        """The network's output, made and typed as the network's own.
 
         Raises:
+            TypeError: for other inputs than the example's: more, fewer, or by other names.
             ValueError: for an input of another shape, dtype or device than the example's.
         """
-        if (x.shape, x.dtype, x.device) != (self._shape, self._input_dtype, self._device):
+        if self._names:
+            if inputs or named.keys() != set(self._names):
+                got = [*("an input without a name" for _ in inputs), *named]
+                raise TypeError(f"this form takes {', '.join(self._names)} by name, got {', '.join(got) or 'nothing'}")
+            inputs = tuple(named[name] for name in self._names)
+        elif named or len(inputs) != len(self._kinds):
+            got = [str(len(inputs)), *named]
+            raise TypeError(f"this form takes {len(self._kinds)} inputs without names, got {', '.join(got)}")
+        kinds = tuple(map(_kind, inputs))
+        if kinds != self._kinds:
+            made_for, got = ("; ".join(map(_described, each)) for each in (self._kinds, kinds))
             raise ValueError(
-                f"this form was made for inputs like {_describe(self._shape, self._input_dtype, self._device)}, "
-                f"got {_describe(x.shape, x.dtype, x.device)}; call optimize with an example of that kind"
+                f"this form was made for inputs like {made_for}, got {got}; call optimize with an example of that kind"
             )
-        return self._run(x.contiguous()).to(x.dtype)
+        return self._output.made_of(self._run(*(x.contiguous() for x in inputs)))
 
     def extra_repr(self) -> str:
         return f"engine={self.engine!r}, dtype={dtype_name(self.dtype)}"
 
 
+Examples = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+
+
 def optimize(
-    model: nn.Module, example_inputs: Tensor | tuple[Tensor], *, dtype: torch.dtype | None = None, engine: str = "auto"
+    model: nn.Module, example_inputs: Examples, *, dtype: torch.dtype | None = None, engine: str = "auto"
 ) -> OptimizedModel:
     """The fastest equivalent form of a network on this machine, its output checked against the original's.
 
@@ -85,8 +104,10 @@ def optimize(
     bfloat16 and 0.25 in int8.
 
     Args:
-        model: a network of one input; it is left as it is.
-        example_inputs: an input as the form will be given them: same shape, float32, same device.
+        model: a network whose output consists of tensors, a transformers model's among them; it is left as it is. A
+            decoder keeps no cache: `generate` is not what this is for.
+        example_inputs: what the form will be given: a tensor, several in order, or several by name, as a tokenizer
+            returns them; same shapes, same device, numbers in float32, token ids and masks in their own dtype.
         dtype: `torch.bfloat16` has the form compute in bfloat16, save on a CPU without instructions for it, where
             that gains no time; `torch.int8` in int8 (OpenVINO with nncf), for which the example is what
             activations' ranges are taken from: give it inputs as they will come, and evaluate the form. Otherwise it
@@ -94,32 +115,32 @@ def optimize(
         engine: `"auto"`, or the engine to take: `"eager"`, `"inductor"`, `"openvino"`, `"onnxruntime"`.
 
     Returns:
-        The form, for inference; `candidates` tells what was tried.
+        The form, for inference; it is called as the model is called with the example. `candidates` tells what was
+        tried.
 
     Raises:
-        UserError: if the example or the dtype cannot be used, or the named engine cannot work here, with the reason.
+        UserError: if the example, the output or the dtype cannot be used, or the named engine cannot work here, with
+            the reason.
         RuntimeError: if the named engine computes something else.
     """
-    example = _checked_example(example_inputs)
+    examples, names = _checked_examples(example_inputs)
     dtype = torch.float32 if dtype is None else dtype
     if dtype not in TOLERANCES:
         raise UserError(f"dtype must be one of {', '.join(map(str, TOLERANCES))}, got {dtype}")
-    if example.device.type == "cpu" and dtype in products.WITHOUT_INSTRUCTIONS:
+    if examples[0].device.type == "cpu" and dtype in products.WITHOUT_INSTRUCTIONS:
         dtype = torch.float32
     known = ("auto", *ENGINES)
     if engine not in known:
         raise UserError(f"engine must be one of {', '.join(known)}, got {engine!r}.{nearest(engine, known)}")
-    training = model.training
-    model.eval()
-    try:
+    with _prepared(model, names) as network:
         with torch.no_grad():
-            expected = model(example)
+            output, expected = _Output.of(network(*examples))
         runners: dict[str, Runner] = {}
         tried: dict[str, Candidate] = {}
         for name in ENGINES if engine == "auto" else (engine,):
             try:
-                run = ENGINES[name](model, example, dtype)
-                difference = _difference(run(example), expected)
+                run = ENGINES[name](network, examples, dtype)
+                difference = _difference(run(*examples), expected)
             except Exception as reason:
                 # Whatever an engine cannot do with a network, the others may: the reason is kept with the candidate.
                 if engine != "auto":
@@ -132,15 +153,13 @@ def optimize(
             else:
                 reason = f"its output is {difference:.1e} off, more than {TOLERANCES[dtype]:.0e}"
                 tried[name] = Candidate(engine=name, difference=difference, reason=reason)
-    finally:
-        model.train(training)
     if not runners:
         raise RuntimeError("; ".join(f"{name}: {candidate.reason}" for name, candidate in tried.items()))
-    times = _times(runners, example)
+    times = _times(runners, examples)
     fastest = min(times, key=lambda name: times[name].ratio)
     close = {name: run for name, run in runners.items() if times[name].ratio <= _CLOSE * times[fastest].ratio}
     if len(close) > 1:
-        again = _times(close, example)
+        again = _times(close, examples)
         fastest = min(again, key=lambda name: again[name].ratio)
         times |= again
     candidates = tuple(
@@ -152,31 +171,98 @@ def optimize(
         )
         for name, candidate in tried.items()
     )
-    return OptimizedModel(runners[fastest], fastest, dtype, example, candidates)
+    return OptimizedModel(runners[fastest], fastest, dtype, examples, names, output, candidates)
 
 
-def _times(runners: dict[str, Runner], example: Tensor) -> dict[str, Timing]:
-    return time_in_turn({name: lambda run=run: run(example) for name, run in runners.items()}, rounds=_ROUNDS)
+class _ByPosition(nn.Module):
+    """A network that is given by position what it takes by name: engines know no names."""
+
+    def __init__(self, network: nn.Module, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.network, self.names = network, names
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.network(**dict(zip(self.names, inputs, strict=True)))
 
 
-def _checked_example(example_inputs: Tensor | tuple[Tensor]) -> Tensor:
-    example = example_inputs
-    if isinstance(example, tuple | list) and len(example) == 1:
-        example = example[0]
-    if not isinstance(example, Tensor):
-        raise UserError(f"example_inputs must be one tensor, got {type(example_inputs).__name__}")
-    if example.dtype != torch.float32:
+@contextmanager
+def _prepared(model: nn.Module, names: tuple[str, ...]) -> Iterator[nn.Module]:
+    """The model in eval mode, without a decoding cache, its inputs by position; it is as it was afterwards."""
+    training, config = model.training, getattr(model, "config", None)
+    caches = getattr(config, "use_cache", False) is True
+    model.eval()
+    if caches:
+        config.use_cache = False  # type: ignore[union-attr]
+    try:
+        yield _ByPosition(model, names).eval() if names else model
+    finally:
+        model.train(training)
+        if caches:
+            config.use_cache = True  # type: ignore[union-attr]
+
+
+@dataclass(frozen=True)
+class _Output:
+    """How the tensors of a network's output stand in it, and their dtypes."""
+
+    structure: TreeSpec
+    dtypes: tuple[torch.dtype, ...]
+
+    @classmethod
+    def of(cls, output: Any) -> tuple["_Output", list[Tensor]]:
+        """The structure, and the tensors."""
+        leaves, structure = tree_flatten(output)
+        if others := {type(leaf).__name__ for leaf in leaves if not isinstance(leaf, Tensor)}:
+            raise UserError(f"the network's output must consist of tensors, it holds {', '.join(sorted(others))}")
+        if not all(leaf.isfinite().all() for leaf in leaves):
+            raise UserError("the network's output for the example is not finite: no form can be checked against it")
+        return cls(structure, tuple(leaf.dtype for leaf in leaves)), leaves
+
+    def made_of(self, leaves: list[Tensor]) -> Any:
+        typed = [leaf.to(dtype) for leaf, dtype in zip(leaves, self.dtypes, strict=True)]
+        return tree_unflatten(typed, self.structure)
+
+
+def _times(runners: dict[str, Runner], examples: tuple[Tensor, ...]) -> dict[str, Timing]:
+    return time_in_turn({name: lambda run=run: run(*examples) for name, run in runners.items()}, rounds=_ROUNDS)
+
+
+def _checked_examples(given: Examples) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:
+    """The inputs in order, and their names where they have names."""
+    names: tuple[str, ...] = ()
+    if isinstance(given, Mapping):
+        names, given = tuple(given), tuple(given.values())
+    examples = (given,) if isinstance(given, Tensor) else given
+    if not isinstance(examples, tuple | list) or not all(isinstance(x, Tensor) for x in examples):
+        kinds = ", ".join(type(x).__name__ for x in examples) if isinstance(examples, tuple | list) else ""
+        raise UserError(f"example_inputs must be tensors, got {kinds or type(given).__name__}")
+    if not all(x.numel() for x in examples) or not examples:
+        raise UserError("example_inputs is empty: a form is checked and timed with what it will be given")
+    if others := {dtype_name(x.dtype) for x in examples if x.is_floating_point()} - {"float32"}:
         raise UserError(
-            f"the example must be float32, got {dtype_name(example.dtype)}; name dtype= for what to compute in"
+            f"the example must be float32, got {', '.join(sorted(others))}; name dtype= for what to compute in"
         )
-    return example.detach().contiguous()
+    if len(devices := {str(x.device) for x in examples}) > 1:
+        raise UserError(f"the example must lie on one device, it lies on {', '.join(sorted(devices))}")
+    return tuple(x.detach().contiguous() for x in examples), names
 
 
-def _difference(got: Tensor, expected: Tensor) -> float:
-    if got.shape != expected.shape:
+def _difference(got: list[Tensor], expected: list[Tensor]) -> float:
+    """The largest deviation of a tensor over its largest number."""
+    if [x.shape for x in got] != [x.shape for x in expected]:
         return float("inf")
-    return ((got.float() - expected.float()).abs().max() / expected.float().abs().max()).item()
+    return max(_relative(x.float(), y.float()) for x, y in zip(got, expected, strict=True))
 
 
-def _describe(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> str:
+def _relative(got: Tensor, expected: Tensor) -> float:
+    largest = expected.abs().max()
+    return ((got - expected).abs().max() / torch.where(largest > 0, largest, 1)).item()
+
+
+def _kind(x: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    return x.shape, x.dtype, x.device
+
+
+def _described(kind: tuple[torch.Size, torch.dtype, torch.device]) -> str:
+    shape, dtype, device = kind
     return f"{dtype_name(dtype)} {' × '.join(map(str, shape))} on {device}"

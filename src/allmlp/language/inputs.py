@@ -4,6 +4,7 @@ The spatial weight has a row for each absolute position, so a batch is computed 
 token: its tokens are moved to the front, and the results back to where they belong.
 """
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -14,8 +15,10 @@ def left_alignment(
     real: Bool[Tensor, "batch tokens"],
 ) -> tuple[Int[Tensor, "batch tokens"], Int[Tensor, "batch tokens"]]:
     """The order that puts each row's real tokens in front of its padding, and the order that undoes it."""
-    order = real.byte().argsort(dim=1, descending=True, stable=True)
-    return order, order.argsort(dim=1)
+    # Counted, not sorted: exporters to ONNX know no stable sort. In numbers: OpenVINO adds booleans up to true.
+    counted = real.long().cumsum(1)
+    undo = torch.where(real, counted, counted[:, -1:] + (~real).long().cumsum(1)) - 1
+    return undo.argsort(dim=1), undo
 
 
 def reordered(
