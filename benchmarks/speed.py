@@ -6,6 +6,7 @@
     python benchmarks/speed.py eager --task inference --batch-size 32 --rounds 5 --name speed_batch32 --peer-path …
     python benchmarks/speed.py eager --compiled --task inference --rounds 15 --name speed_compiled --peer-path …
     python benchmarks/speed.py eager --compiled --task training --rounds 7 --name speed_compiled_training --peer-path …
+    python benchmarks/speed.py eager --models gmlp_base amlp_base --batch-size 1 --name speed_language
     python benchmarks/speed.py page
 
 `--peer-path …` stands for three: AS-MLP=DIR, VisionPermutator=DIR and Jittor-MLP=DIR, checkouts of those repositories.
@@ -106,34 +107,35 @@ def _beside_engines(model: str, dtype: str, batch_size: int, paths: dict[str, Pa
     import torch
 
     import allmlp
-    from allmlp.benchmark import FLOOR, OURS, Result, Setting, build_pair, peers_of, record_products, replay
+    from allmlp.benchmark import FLOOR, OURS, Result, Setting, build_pair, example, peers_of, record_products, replay
     from allmlp.benchmark.measurement import DTYPES, compare
+    from allmlp.benchmark.networks import in_dtype
     from allmlp.deploy.engines import ENGINES, EngineMissingError
     from allmlp.timing import time_in_turn
 
     peer = peers_of(model)[0]
     ours, theirs = build_pair(peer, paths)
-    difference = compare(ours, theirs)
-    image = torch.randn(batch_size, *ours.pretrained_cfg["input_size"])
+    difference = compare(ours, theirs, example(model, 2))
+    x = example(model, batch_size)
     precision = DTYPES[dtype]
-    optimized = allmlp.optimize(ours, image, dtype=precision)
+    optimized = allmlp.optimize(ours, x, dtype=precision)
     for candidate in optimized.candidates:
         _say(f"{model}, {dtype}: {candidate}")
     low = copy.deepcopy(ours).to(precision)
     with torch.no_grad():
-        products = record_products(lambda: low(image.to(precision)))
+        products = record_products(lambda: low(in_dtype(x, precision)))
     runners = {
-        OURS: lambda: optimized(image),
+        OURS: lambda: optimized(x),
         FLOOR: replay(products),
-        "allmlp, eager": ENGINES["eager"](ours, (image,), precision),
-        f"{peer.name}, eager, float32": ENGINES["eager"](theirs, (image,), torch.float32),
+        "allmlp, eager": ENGINES["eager"](ours, (x,), precision),
+        f"{peer.name}, eager, float32": ENGINES["eager"](theirs, (x,), torch.float32),
     }
     for engine in ("openvino", "onnxruntime"):
         try:
-            runners[f"{peer.name}, {engine}"] = ENGINES[engine](theirs, (image,), precision)
+            runners[f"{peer.name}, {engine}"] = ENGINES[engine](theirs, (x,), precision)
         except EngineMissingError as reason:
             _leave_out(str(reason))
-    steps = {name: run if name in (OURS, FLOOR) else lambda run=run: run(image) for name, run in runners.items()}
+    steps = {name: run if name in (OURS, FLOOR) else lambda run=run: run(x) for name, run in runners.items()}
     times = time_in_turn(steps, rounds=rounds)
     setting = Setting(model=model, dtype=dtype, batch_size=batch_size)
     return [

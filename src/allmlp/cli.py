@@ -392,10 +392,12 @@ def _add_benchmark(commands: Any) -> None:
     parser = _command(
         commands, "benchmark", _benchmark, "time models beside their peers and their bare matrix products"
     )
-    parser.add_argument("models", nargs="*", metavar="MODEL", help="models' names (default: one of each family)")
+    parser.add_argument("models", nargs="*", metavar="MODEL", help="models' names (default: one of each vision family)")
     parser.add_argument("--task", nargs="+", choices=("inference", "training"), default=["inference"], help="what runs")
     parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32"], help="computed in")
-    parser.add_argument("--batch-size", nargs="+", type=_count, metavar="N", default=[8], help="images of one call")
+    parser.add_argument(
+        "--batch-size", nargs="+", type=_count, metavar="N", default=[8], help="images or texts of one call"
+    )
     parser.add_argument("--compiled", action="store_true", help="through torch.compile")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where it runs (default: cpu)")
     parser.add_argument("--threads", type=_count, metavar="N", help="threads of a CPU (default: torch's own choice)")

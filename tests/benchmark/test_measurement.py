@@ -1,22 +1,26 @@
 """A measurement from a setting to the file, the table and the page."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from g_mlp_pytorch import gMLP
 
-import allmlp  # noqa: F401
 from allmlp.benchmark import (
     FLOOR,
     OURS,
     Result,
     Setting,
     checkouts,
+    example,
     machine,
     measure,
+    peers,
+    peers_of,
     read_results,
     result_table,
     settings,
@@ -25,6 +29,7 @@ from allmlp.benchmark import (
 )
 from allmlp.benchmark.measurement import compare
 from allmlp.errors import UserError
+from allmlp.language.configuration import VARIANTS
 from allmlp.timing import time_in_turn
 
 NANO = "gmlp_nano_patch4_32"
@@ -56,10 +61,30 @@ def test_peer_with_the_same_weights() -> None:
     assert results[2].difference < 1e-10
 
 
+@pytest.mark.parametrize("task", ["inference", "training"])
+def test_text(task: str, monkeypatch: pytest.MonkeyPatch, unchecked: None) -> None:
+    def build() -> gMLP:
+        return gMLP(num_tokens=64, dim=128, depth=8, seq_len=64, attn_dim=32, causal=True)
+
+    monkeypatch.setitem(VARIANTS["amlp_nano"], "vocab_size", 64)
+    (base,) = peers_of("amlp_base")
+    monkeypatch.setattr(peers, "PEERS", [replace(base, model="amlp_nano", build=build)])
+    results = measure(Setting(model="amlp_nano", task=task, batch_size=1), rounds=1)
+    assert [result.contender for result in results] == [OURS, FLOOR, "g-mlp-pytorch"]
+    assert results[2].difference < 1e-10
+    if task == "training":
+        assert results[0].kept_bytes < 0.75 * results[2].kept_bytes
+
+
+def test_text_without_a_peer() -> None:
+    ours, floor = measure(Setting(model="gmlp_nano", batch_size=1), rounds=1)
+    assert (ours.contender, floor.contender) == (OURS, FLOOR)
+
+
 def test_different_networks_are_not_timed() -> None:
     torch.manual_seed(0)
     with pytest.raises(RuntimeError, match="the networks differ"):
-        compare(timm.create_model(NANO).eval(), timm.create_model(NANO).eval())
+        compare(timm.create_model(NANO).eval(), timm.create_model(NANO).eval(), example(NANO, 1))
 
 
 def test_missing_peers_are_named() -> None:
@@ -90,7 +115,10 @@ def test_a_directory_that_is_no_checkout(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        (Setting(model="nothing"), "there is no model 'nothing'"),
+        (
+            Setting(model="nothing"),
+            "there is no model 'nothing'; `allmlp models` .*, for text there are gmlp_nano, amlp_nano",
+        ),
         (Setting(model=NANO, dtype="int8"), "dtype must be one of float32, bfloat16, got 'int8'"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from allmlp.benchmark.floor import record_products, replay
 from allmlp.benchmark.measurement import FLOOR, MODELS, OURS, Result, Setting, machine, measure, settings
+from allmlp.benchmark.networks import example
 from allmlp.benchmark.peers import build_pair, checkouts, peers_of
 from allmlp.benchmark.report import read_results, result_table, write_page, write_results
 
@@ -13,6 +14,7 @@ __all__ = [
     "Setting",
     "build_pair",
     "checkouts",
+    "example",
     "machine",
     "measure",
     "peers_of",

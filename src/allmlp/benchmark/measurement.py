@@ -3,7 +3,7 @@
 import gc
 import itertools
 import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from datetime import date
@@ -11,12 +11,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-import timm
 import torch
 from torch import Tensor, nn
 
 from allmlp.benchmark.floor import record_products, replay
 from allmlp.benchmark.memory import activation_bytes, peak_memory
+from allmlp.benchmark.networks import check_name, example, in_dtype, make
 from allmlp.benchmark.peers import PeerMissingError, build_pair, peers_of
 from allmlp.errors import UserError
 from allmlp.machine import cores, processor
@@ -26,7 +26,7 @@ Task = Literal["inference", "training"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FLOOR = "matrix products alone"
 OURS = "allmlp"
-# A name for each family's network that its peers exist of, or that stands for it.
+# A name for each vision family's network that its peers exist of, or that stands for it.
 MODELS = (
     "gmlp_small_patch16_224",
     "mixer_base_patch16_224",
@@ -47,7 +47,7 @@ class Setting:
         task: `"inference"`, or `"training"`: forward, backward and an AdamW step.
         dtype: `"float32"` or `"bfloat16"`; training in bfloat16 is autocast over float32 parameters.
         compiled: through `torch.compile`.
-        batch_size: images of one call.
+        batch_size: images, or texts of the full context, of one call.
         device: `"cpu"` or `"cuda"`.
     """
 
@@ -147,7 +147,7 @@ def measure(
     contenders: dict[str, Callable[[], object]] = {}
     facts: dict[str, dict[str, Any]] = {}
     for name, ours, theirs in _networks(setting.model, peer_paths or {}, skipped):
-        difference = None if theirs is None else compare(ours, theirs)
+        difference = None if theirs is None else compare(ours, theirs, example(setting.model, 2))
         if OURS not in contenders:
             step, facts[OURS] = _prepare(ours, setting, device)
             contenders[OURS] = step
@@ -160,16 +160,15 @@ def measure(
     return [_result(setting, name, times[name], facts[name]) for name in contenders]
 
 
-def compare(ours: nn.Module, theirs: nn.Module) -> float:
-    """The largest difference of the two outputs in float64 over the largest output.
+def compare(ours: nn.Module, theirs: nn.Module, x: Tensor) -> float:
+    """The largest difference of the two outputs for `x` in float64 over the largest output.
 
     Raises:
         RuntimeError: if it is more than rounding.
     """
     dtypes = [next(model.parameters()).dtype for model in (ours, theirs)]
-    image = torch.randn(2, *_input_size(ours), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected, got = (model.double()(image) for model in (theirs, ours))
+        expected, got = (model.double()(in_dtype(x, torch.float64)) for model in (theirs, ours))
     for model, dtype in zip((ours, theirs), dtypes, strict=True):
         model.to(dtype)
     difference = ((got - expected).abs().max() / expected.abs().max()).item()
@@ -201,8 +200,7 @@ def machine() -> dict[str, Any]:
 
 
 def _check(setting: Setting) -> None:
-    if not timm.is_model(setting.model):
-        raise UserError(f"there is no model {setting.model!r}; `allmlp models` lists them")
+    check_name(setting.model)
     if setting.dtype not in DTYPES:
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {setting.dtype!r}")
     if setting.device == "cuda" and not torch.cuda.is_available():
@@ -223,7 +221,7 @@ def _networks(
         alone = False
         yield peer.name, ours, theirs
     if alone:
-        yield OURS, timm.create_model(model, drop_path_rate=0.0).eval(), None
+        yield OURS, make(model), None
 
 
 def _prepare(model: nn.Module, setting: Setting, device: torch.device) -> tuple[Callable[[], object], dict[str, Any]]:
@@ -242,16 +240,15 @@ def _steps(
 ) -> tuple[Callable[[], object], Callable[[], object]]:
     """One call of what is timed, and of its forward pass."""
     dtype = DTYPES[setting.dtype]
-    generator = torch.Generator().manual_seed(0)
-    image = torch.randn(setting.batch_size, *_input_size(model), generator=generator).to(device)
+    x = example(setting.model, setting.batch_size).to(device)
     if setting.task == "inference":
         model = model.to(device, dtype).eval()
-        image = image.to(dtype)
+        x = in_dtype(x, dtype)
         run: Callable[[Tensor], Tensor] = torch.compile(model) if setting.compiled else model
 
         def infer() -> Tensor:
             with torch.no_grad():
-                return run(image)
+                return run(x)
 
         return infer, infer
     model = model.to(device).train()
@@ -262,7 +259,7 @@ def _steps(
     def loss() -> Tensor:
         autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
         with autocast:
-            output = run(image)
+            output = run(x)
         return output.float().logsumexp(-1).mean()
 
     def train() -> None:
@@ -281,11 +278,6 @@ def _products(model: nn.Module, setting: Setting, device: torch.device) -> list[
 
 def _result(setting: Setting, contender: str, timing: Timing, facts: Mapping[str, Any]) -> Result:
     return Result(setting=setting, contender=contender, milliseconds=timing.milliseconds, ratio=timing.ratio, **facts)
-
-
-def _input_size(model: nn.Module) -> Sequence[int]:
-    cfg: Any = getattr(model, "pretrained_cfg", None)
-    return cfg["input_size"] if cfg else (3, 224, 224)
 
 
 def _bfloat16_instructions() -> bool:

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
+from allmlp.benchmark.networks import Logits, is_language
+from allmlp.checkpoints.conversion import convert_state_dict
 from allmlp.errors import UserError, nearest
 
 
@@ -30,8 +32,9 @@ class Peer:
         model: allmlp's name of the network.
         module: what must be importable, or, with `checkout`, lie in the directory that is named.
         build: makes the network, dropout and stochastic depth off.
-        rename: patterns and replacements that turn its parameters' names into allmlp's, applied in order.
-        arguments: arguments that give allmlp's network the peer's epsilons.
+        rename: patterns and replacements that turn its parameters' names into allmlp's, applied in order; of language
+            models the converter knows them.
+        arguments: what gives allmlp's network the peer's epsilons; of language models what the converter is told.
         checkout: the peer cannot be installed; it is a checkout of a repository.
     """
 
@@ -39,7 +42,7 @@ class Peer:
     model: str
     module: str
     build: Callable[[], nn.Module]
-    rename: tuple[tuple[str, str], ...]
+    rename: tuple[tuple[str, str], ...] = ()
     arguments: Mapping[str, Any] = field(default_factory=dict)
     checkout: bool = False
 
@@ -73,6 +76,9 @@ def build_pair(peer: Peer, paths: Mapping[str, Path]) -> tuple[nn.Module, nn.Mod
         with torch.no_grad():
             scale = 1 / math.sqrt(parameter[0].numel()) if parameter.dim() > 1 else 0.1
             parameter.normal_(0, scale, generator=generator).add_(float(parameter.dim() == 1))
+    if is_language(peer.model):
+        converted = convert_state_dict(theirs.state_dict(), facts=peer.arguments)
+        return Logits(converted.model).eval(), theirs.eval()
     ours = timm.create_model(peer.model, drop_path_rate=0.0, **peer.arguments)
     ours.load_state_dict(_translated(peer, theirs.state_dict(), ours.state_dict()))
     return ours.eval(), theirs.eval()
@@ -149,6 +155,17 @@ def _lucidrains_gmlp() -> nn.Module:
     from g_mlp_pytorch import gMLPVision
 
     return gMLPVision(image_size=224, patch_size=16, num_classes=1000, dim=256, depth=30, ff_mult=6)
+
+
+def _lucidrains_text(depth: int, attention: int | None = None) -> Callable[[], nn.Module]:
+    """The paper's base sizes (appendix C), with the dense weights and the head of its own that this project has."""
+
+    def build() -> nn.Module:
+        from g_mlp_pytorch import gMLP
+
+        return gMLP(num_tokens=32_000, dim=512, depth=depth, seq_len=512, ff_mult=6, causal=True, attn_dim=attention)
+
+    return build
 
 
 def _lucidrains_mixer() -> nn.Module:
@@ -251,6 +268,7 @@ class _NormOfMap(nn.LayerNorm):
         return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
+_CAUSAL = {"causal": True, "gate_act": "none"}
 _VIP_BLOCKS = {0: 0, 2: 5, 3: 8, 4: 16}
 
 PEERS: tuple[Peer, ...] = (
@@ -282,11 +300,24 @@ PEERS: tuple[Peer, ...] = (
         arguments={"norm_eps": 1e-5},
     ),
     Peer(
+        name="g-mlp-pytorch",
+        model="gmlp_base",
+        module="g_mlp_pytorch",
+        build=_lucidrains_text(depth=48),
+        arguments=_CAUSAL,
+    ),
+    Peer(
+        name="g-mlp-pytorch",
+        model="amlp_base",
+        module="g_mlp_pytorch",
+        build=_lucidrains_text(depth=36, attention=64),
+        arguments=_CAUSAL,
+    ),
+    Peer(
         name="timm",
         model="mixer_base_patch16_224",
         module="timm",
         build=_timm("mixer_b16_224"),
-        rename=(),
     ),
     Peer(
         name="mlp-mixer-pytorch",
@@ -312,7 +343,6 @@ PEERS: tuple[Peer, ...] = (
         model="resmlp_12_patch16_224",
         module="timm",
         build=_timm("resmlp_12_224"),
-        rename=(),
     ),
     Peer(
         name="VisionPermutator",

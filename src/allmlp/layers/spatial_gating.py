@@ -187,7 +187,7 @@ class SpatialGatingUnit(GridBound):
             ValueError: if the input is longer than the unit, or the tiny attention lacks its input.
         """
         u, v = x.chunk(2, dim=-1) if self.split else (x, x)
-        if mask is None and padding is None and past is None and self._is_plain():
+        if mask is None and padding is None and past is None and self._is_plain() and self._is_bare():
             return normalized_spatial_gating(u, v, *self._plain_parameters(x.shape[1]), causal=self.causal)
         return apply_gate(u, self.gate(v, block_input, mask, padding, past))
 
@@ -201,17 +201,18 @@ class SpatialGatingUnit(GridBound):
     ) -> Float[Tensor, "batch tokens gate_channels"]:
         """What `u` is multiplied by, `act(W·LN(v) + b)` with the tiny attention added; arguments as in `forward`."""
         tokens = v.shape[1]
-        if mask is None and padding is None and past is None and self._is_plain():
-            return normalized_projection(v, *self._plain_parameters(tokens), causal=self.causal)
         self._check_length(tokens)
-        v = self.norm(v)
-        if padding is not None:
-            v = v * padding.unsqueeze(-1)
         residual = None
         if self.attention is not None:
             if block_input is None:
                 raise ValueError("a spatial gating unit with tiny attention needs block_input, the normalised input")
             residual = self.attention(block_input, self._attention_mask(tokens, mask, padding, v.device), past)
+        if mask is None and padding is None and past is None and self._is_plain():
+            gate = normalized_projection(v, *self._plain_parameters(tokens), causal=self.causal)
+            return finished_gate(gate, residual, self.gate_act)
+        v = self.norm(v)
+        if padding is not None:
+            v = v * padding.unsqueeze(-1)
         if past is not None:
             kept = past.append("gate", v)
             if past.start:
@@ -250,10 +251,13 @@ class SpatialGatingUnit(GridBound):
         return norm.weight, norm.bias, norm.eps, _leading(self.weight, tokens, 1, 2), _leading(self.bias, tokens, 1)
 
     def _is_plain(self) -> bool:
-        """Whether the gate is a dense product of the norm and nothing else."""
+        """Whether the projection is a dense product of the norm."""
         norm = self.norm
-        plain_norm = type(norm) is nn.LayerNorm and norm.bias is not None and not is_watched(norm)
-        return plain_norm and not self.toeplitz and self.attention is None and self.gate_act is None
+        return type(norm) is nn.LayerNorm and norm.bias is not None and not is_watched(norm) and not self.toeplitz
+
+    def _is_bare(self) -> bool:
+        """Whether the gate is the projection and nothing else."""
+        return self.attention is None and self.gate_act is None
 
     def _matrix(self, tokens: int, mask: Tensor | None) -> Tensor:
         """`W` for a whole sequence: [heads, tokens, tokens], or [batch, heads, tokens, tokens] with a mask per row."""

@@ -1,0 +1,61 @@
+"""allmlp's networks by name, for images and for text: how one is made, and what it is given."""
+
+import timm
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from allmlp.errors import UserError
+from allmlp.language import GMLPConfig, GMLPForCausalLM
+from allmlp.language.configuration import VARIANTS
+
+
+class Logits(nn.Module):
+    """A causal language model of which the logits of all tokens are wanted, and no decoding cache."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens vocabulary"]:
+        return self.model(ids, use_cache=False).logits
+
+
+def make(name: str) -> nn.Module:
+    """The network in eval mode, untrained, stochastic depth off."""
+    if is_language(name):
+        return Logits(GMLPForCausalLM(GMLPConfig.named(name, survival_probability=1.0))).eval()
+    return timm.create_model(name, drop_path_rate=0.0).eval()
+
+
+def example(name: str, batch_size: int) -> Tensor:
+    """The same random images, or texts of the full context, at every call."""
+    generator = torch.Generator().manual_seed(0)
+    if is_language(name):
+        config = GMLPConfig.named(name)
+        return torch.randint(config.vocab_size, (batch_size, config.max_position_embeddings), generator=generator)
+    size = timm.get_pretrained_cfg(name, allow_unregistered=False).input_size  # type: ignore[union-attr]
+    return torch.randn(batch_size, *size, generator=generator)
+
+
+def is_language(name: str) -> bool:
+    """Whether the name is a language model's."""
+    return name in VARIANTS
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that is no model's.
+
+    Raises:
+        UserError: with where to find those there are.
+    """
+    if not (is_language(name) or timm.is_model(name)):
+        texts = ", ".join(VARIANTS)
+        raise UserError(
+            f"there is no model {name!r}; `allmlp models` lists those for images, for text there are {texts}"
+        )
+
+
+def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Numbers in a dtype; token ids as they are."""
+    return x.to(dtype) if x.is_floating_point() else x
