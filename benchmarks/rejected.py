@@ -16,6 +16,7 @@ from torch._inductor import config as inductor
 
 from allmlp.ops import linear_onto
 from allmlp.ops.linear import linear_weight_gradient
+from allmlp.ops.products import WITHOUT_INSTRUCTIONS
 from allmlp.timing import time_in_turn
 
 Forms = Mapping[str, Callable[[], object]]
@@ -80,6 +81,8 @@ def _epilogue(dtype: torch.dtype, rows: int, width: int, hidden: int) -> Forms:
         "two calls": lambda: F.gelu(linear(x)),
         "epilogue": lambda: fused(x, linear.weight, linear.bias, "gelu", [], "none"),
     }
+    if dtype in WITHOUT_INSTRUCTIONS:
+        del forms["epilogue"]
     # In bfloat16 the epilogue is the form in use.
     return forms if dtype == torch.float32 else dict(reversed(forms.items()))
 

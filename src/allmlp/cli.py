@@ -420,7 +420,17 @@ def _benchmark(options: argparse.Namespace) -> None:
     import torch
 
     import allmlp.vision  # noqa: F401 registers the architectures
-    from allmlp.benchmark import MODELS, checkouts, machine, measure, result_table, settings, write_results
+    from allmlp.benchmark import (
+        MODELS,
+        Result,
+        check,
+        checkouts,
+        machine,
+        measure,
+        result_table,
+        settings,
+        write_results,
+    )
     from allmlp.tables import table
 
     if options.threads is not None:
@@ -434,23 +444,24 @@ def _benchmark(options: argparse.Namespace) -> None:
         batch_sizes=options.batch_size,
         device=options.device,
     )
+    for setting in wanted:
+        check(setting)
     skipped: dict[str, None] = {}
-    results = []
+    results: list[Result] = []
     for setting in wanted:
         results += measure(setting, peer_paths=paths, rounds=options.rounds, skipped=skipped.setdefault)
+        if options.output:
+            write_results(Path(options.output), results, machine())
     for reason in skipped:
         print(f"left out: {reason}", file=sys.stderr)
-    if options.output:
-        write_results(Path(options.output), results, machine())
     answer = {"machine": machine(), "results": [result.as_dict() for result in results]}
     _answer(options, answer, lambda: table(result_table(results), right=(2, 3, 5, 6)))
 
 
 def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, got {text!r}")
+    return int(text)
 
 
 def _peer_path(text: str) -> tuple[str, str]:

@@ -215,6 +215,12 @@ def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         (FLOOR, 2),
     ]
     assert len(read_results(file)[0]) == 4
-    assert main(["benchmark", "nothing"]) == 1
+    other = tmp_path / "other.json"
+    assert main(["benchmark", NANO, "nothing", "--output", str(other)]) == 1
+    assert not other.exists()
+    assert main(["benchmark", "resnet18"]) == 1
     with pytest.raises(SystemExit):
         main(["benchmark", NANO, "--rounds", "0"])
+    with pytest.raises(SystemExit):
+        main(["benchmark", NANO, "--batch-size", "many"])
+    assert "must be a whole number from 1 on, got 'many'" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -244,9 +245,60 @@ def test_an_output_of_zeros_is_equal_to_zeros(image: torch.Tensor) -> None:
         ),
         ({"example_inputs": torch.zeros(0, 3, 32, 32)}, "example_inputs is empty"),
         ({"example_inputs": {}}, "example_inputs is empty"),
+        ({"example_inputs": torch.zeros(1, device="meta")}, "the example lies on 'meta'"),
         ({"example_inputs": [torch.zeros(1), torch.zeros(1, device="meta")]}, "on one device, it lies on cpu, meta"),
     ],
 )
 def test_misuse(change: dict, message: str, image: torch.Tensor) -> None:
     with pytest.raises(UserError, match=message):
         allmlp.optimize(_model(), **{"example_inputs": image, **change})
+
+
+def test_each_layer_keeps_its_mode(image: torch.Tensor) -> None:
+    model = _model().train()
+    model.norm.eval()
+    allmlp.optimize(model, image, engine="eager")
+    assert [name for name, module in model.named_modules() if not module.training] == ["norm"]
+
+
+def test_any_number_of_forms_of_one_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One class's `forward` is compiled for each of them, and stays so however it is called."""
+    compiled = torch.compile
+
+    def quickly(model: nn.Module, *, fullgraph: bool, dynamic: bool, options: object) -> object:
+        return compiled(model, backend="eager", fullgraph=fullgraph, dynamic=dynamic)
+
+    monkeypatch.setattr(torch, "compile", quickly)
+    torch.compiler.reset()
+    model = nn.Sequential(nn.Linear(4, 4))
+    forms = [allmlp.optimize(model, torch.ones(n, 4), engine="inductor") for n in range(1, 12)]
+    with torch.inference_mode(), torch.autocast("cpu"):
+        for n, form in enumerate(forms, 1):
+            assert form(torch.ones(n, 4)).dtype == torch.float32
+    for n, form in enumerate(forms, 1):
+        assert not form(torch.ones(n, 4, requires_grad=True)).requires_grad
+
+
+@pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
+@pytest.mark.usefixtures("unchecked")
+def test_inputs_may_know_of_gradients(engine: str, image: torch.Tensor) -> None:
+    pytest.importorskip(engine)
+    form = allmlp.optimize(_model(), image.requires_grad_(), engine=engine)
+    assert not form(image).requires_grad
+
+
+def test_a_form_says_why_it_cannot_be_saved(image: torch.Tensor, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="belongs to this process and machine"):
+        torch.save(allmlp.optimize(_model(), image, engine="eager"), tmp_path / "form.pt")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model: model.bfloat16(), "the model must be float32, stem.proj.weight is bfloat16; give model.float"),
+        (lambda model: model.to("meta"), "the model's stem.proj.weight lies on 'meta', the example on 'cpu'"),
+    ],
+)
+def test_models_that_do_not_go_with_the_example(change, message: str, image: torch.Tensor) -> None:
+    with pytest.raises(UserError, match=message):
+        allmlp.optimize(change(_model()), image)

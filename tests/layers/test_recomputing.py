@@ -1,4 +1,5 @@
 import copy
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -7,7 +8,7 @@ from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
 from allmlp import ops
-from allmlp.layers import AxialShift, ChannelMLP, PermuteMLP, TokenLinear, WeightedPermuteMLP
+from allmlp.layers import AxialShift, ChannelMLP, PermuteMLP, TokenLinear, TokenMixingMLP, WeightedPermuteMLP
 from allmlp.layers.recomputing import activated, mapped, mapped_halves, residual
 from allmlp.ops import linear_onto
 from allmlp.vision.gmlp import GMLPBlock
@@ -223,3 +224,92 @@ def test_other_branches_are_added_to(branch: nn.Module) -> None:
     with torch.no_grad():
         out = residual(x, branch.eval(), given, DropPath(0.5).eval())
         torch.testing.assert_close(out, x + branch(given))
+
+
+@pytest.mark.parametrize("layer", [ChannelMLP(6, 6), TokenMixingMLP(6, 6)], ids=lambda layer: type(layer).__name__)
+def test_gradients_that_are_differentiated_are_the_same_with_tied_weights(layer: nn.Module) -> None:
+    """The hidden layer depends on the tied weight as well: that way is not counted twice."""
+    layer = copy.deepcopy(layer).double()
+    layer.fc2.weight = layer.fc1.weight
+    x, parameters = torch.randn(2, 6, 6, dtype=torch.float64), list(layer.parameters())
+    plain = torch.autograd.grad(layer(x).square().sum(), parameters)
+    graph = torch.autograd.grad(layer(x).square().sum(), parameters, create_graph=True)
+    torch.testing.assert_close(graph, plain)
+
+
+class Shifted(nn.Module):
+    """An activation with a parameter for each channel."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.randn(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + self.shift).tanh()
+
+
+def _mixers(act: Callable[[], nn.Module]) -> list[tuple[nn.Module, Tensor]]:
+    axial = AxialShift(8)
+    axial.act = act()
+    return [
+        (ChannelMLP(8, act_layer=act), torch.randn(2, 5, 8)),
+        (TokenMixingMLP(5, 8, act_layer=act), torch.randn(2, 5, 8)),
+        (axial, torch.randn(2, 4, 5, 8)),
+    ]
+
+
+@pytest.mark.parametrize("place", range(3), ids=["channels", "tokens", "axial"])
+def test_activations_may_have_parameters(place: int) -> None:
+    layer, x = _mixers(lambda: Shifted(8))[place]
+    layer(x).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize("place", range(2), ids=["channels", "tokens"])
+def test_activations_may_be_in_place(place: int) -> None:
+    layer, x = _mixers(lambda: nn.SiLU(inplace=True))[place]
+    layer(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize("place", range(3), ids=["channels", "tokens", "axial"])
+def test_a_hook_sees_each_activation_once_as_autograd_does(place: int) -> None:
+    layer, x = _mixers(nn.GELU)[place]
+    seen: list[bool] = []
+    layer.act.register_forward_hook(lambda module, args, out: seen.append(out.requires_grad))
+    layer(x).sum().backward()
+    assert seen == [True] * (3 if place == 2 else 1)
+
+
+@pytest.mark.parametrize("act", [nn.GELU(), Shifted(8)], ids=["plain", "with parameters"])
+def test_halves_of_an_activation_with_parameters(act: nn.Module) -> None:
+    linear, x = nn.Linear(6, 8), torch.randn(2, 5, 6)
+    torch.testing.assert_close(torch.cat(mapped_halves(linear, x, act), -1), act(linear(x)))
+
+
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [
+        (ChannelMLP(8, 16, drop=0.5), torch.randn(2, 8)),
+        (TokenMixingMLP(5, 16, drop=0.5), torch.randn(2, 5, 8)),
+        (GMLPBlock(8, 4, 16, drop=0.5), torch.randn(2, 2, 2, 8)),
+    ],
+    ids=["channels", "tokens", "gmlp"],
+)
+def test_dropout_alone_in_training_mode_draws(layer: nn.Module, x: Tensor) -> None:
+    """Monte Carlo dropout."""
+    layer.eval()
+    layer.drop1.train()
+    assert not torch.equal(layer(x), layer(x))
+    with torch.no_grad():
+        assert not torch.equal(layer(x), layer(x))
+
+
+def test_one_row_without_a_batch() -> None:
+    layer = ChannelMLP(8, 16).train()
+    x = torch.randn(8)
+    layer(x).square().sum().backward()
+    got = layer.fc2.weight.grad
+    layer.zero_grad()
+    layer(x[None]).square().sum().backward()
+    torch.testing.assert_close(got, layer.fc2.weight.grad)

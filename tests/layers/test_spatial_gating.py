@@ -261,3 +261,24 @@ def test_bad_inputs_are_refused() -> None:
         unit()(torch.randn(1, 7, CHANNELS))
     with pytest.raises(ValueError, match="needs block_input"):
         unit(attention_size=4)(torch.randn(1, TOKENS, CHANNELS))
+
+
+def test_what_a_hook_keeps_of_the_gates_activation_stays() -> None:
+    unit, kept = SpatialGatingUnit(16, 4, gate_act=nn.Tanh()), []
+    unit.gate_act.register_forward_hook(lambda module, args, out: kept.append((out, out.clone())))
+    with torch.no_grad():
+        unit(torch.randn(2, 4, 16))
+    assert torch.equal(*kept[0])
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_attention_with_a_weight_for_each_of_a_vmap(grad: bool) -> None:
+    unit = SpatialGatingUnit(16, 4, attention_size=4, attention_channels=8)
+    x, block_input = torch.randn(2, 4, 16), torch.randn(2, 4, 8)
+    weights = torch.randn(3, 8, 4)
+
+    def of(weight: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(unit, {"attention.proj.weight": weight}, (x, block_input))
+
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(torch.func.vmap(of)(weights), torch.stack([of(weight) for weight in weights]))

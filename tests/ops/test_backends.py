@@ -2,6 +2,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from allmlp.ops import backends
 from allmlp.ops.backends import set_fused, takes_fused
@@ -83,3 +84,13 @@ def test_without_a_gpu_or_triton_it_says_so(monkeypatch: pytest.MonkeyPatch) -> 
 def test_unknown_backend() -> None:
     with pytest.raises(ValueError, match="must be 'auto', 'torch' or 'triton', got 'cuda'"):
         takes_fused("gating", "cuda", torch.zeros(2))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
+def test_forward_mode_has_no_kernel(interpreted) -> None:
+    x, weight = torch.randn(1, 4, 4, 8), torch.randn(16, 16)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        assert not takes_fused("permute_linear", "auto", dual, weight)
+        with pytest.raises(ValueError, match="no forward-mode gradients"):
+            takes_fused("permute_linear", "triton", dual, weight)

@@ -47,6 +47,13 @@ def test_forward_is_features_then_head(name, images) -> None:
     torch.testing.assert_close(model(images), logits, rtol=0, atol=0)
 
 
+def test_a_batch_of_nothing(name, images) -> None:
+    model = timm.create_model(name)
+    with torch.no_grad():
+        assert model.eval()(images[:0]).shape == (0, 10)
+    assert model.train()(images[:0]).shape == (0, 10)
+
+
 def test_classifier_is_replaced_and_removed(name, images) -> None:
     model = random_model(name)
     pooled = model.forward_head(model.forward_features(images), pre_logits=True)

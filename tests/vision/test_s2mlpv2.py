@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from allmlp.layers import PatchDownsampling
+from allmlp.layers import PatchDownsampling, SplitAttention
 from allmlp.vision import S2MLPv2
-from allmlp.vision.s2mlpv2 import S2MLPv2Block
+from allmlp.vision.s2mlpv2 import S2Attention, S2MLPv2Block
 from tests.layers.parity import assert_matches, channel_mlp, layer_norm, linear
 from tests.ops.test_spatial_shift import loop
 
@@ -44,3 +44,27 @@ def test_stages() -> None:
 def test_stages_must_agree() -> None:
     with pytest.raises(ValueError, match=r"as many stages, got \(1, 2\) and \(8,\)"):
         S2MLPv2(depths=(1, 2), embed_dims=(8,))
+
+
+class Sum(SplitAttention):
+    """In the place of split attention."""
+
+    def forward(self, branches):
+        return sum(branches)
+
+
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+def test_what_stands_in_the_place_of_split_attention_is_called(mode: bool) -> None:
+    layer, x = S2Attention(8).train(mode), torch.randn(2, 3, 3, 8)
+    layer.split_attention = Sum(8, 3)
+    x1, x2, x3 = layer.expand(x).chunk(3, -1)
+    torch.testing.assert_close(layer(x), layer.proj(layer.shift1(x1) + layer.shift2(x2) + x3))
+
+
+def test_gradients_that_are_differentiated_are_the_same() -> None:
+    """The logits depend on the branches: that way is not counted twice."""
+    layer, x = S2Attention(8).double(), torch.randn(2, 3, 3, 8, dtype=torch.float64)
+    parameters = list(layer.parameters())
+    plain = torch.autograd.grad(layer(x).square().sum(), parameters)
+    graph = torch.autograd.grad(layer(x).square().sum(), parameters, create_graph=True)
+    torch.testing.assert_close(graph, plain)

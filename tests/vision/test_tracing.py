@@ -86,3 +86,13 @@ def test_symbolic_trace_with_timms_leaves(name, images) -> None:
     torch.testing.assert_close(out["head"], model(images), rtol=0, atol=0)
     _, maps = model.forward_intermediates(images, [0], output_fmt="NHWC")
     torch.testing.assert_close(out["blocks.0"], maps[0], rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit.trace")
+def test_a_traced_model_has_gradients(name, images) -> None:
+    model = shallow_model(name)
+    traced = torch.jit.trace(model, images, check_trace=False)
+    out = traced(images.requires_grad_())
+    torch.testing.assert_close(out, model(images))
+    out.sum().backward()
+    assert images.grad.abs().sum() > 0

@@ -1,7 +1,7 @@
 """The measuring stick: networks beside their peers and beside their bare matrix products, timed in turn."""
 
 from allmlp.benchmark.floor import record_products, replay
-from allmlp.benchmark.measurement import FLOOR, MODELS, OURS, Result, Setting, machine, measure, settings
+from allmlp.benchmark.measurement import FLOOR, MODELS, OURS, Result, Setting, check, machine, measure, settings
 from allmlp.benchmark.networks import example
 from allmlp.benchmark.peers import build_pair, checkouts, peers_of
 from allmlp.benchmark.report import read_results, result_table, write_page, write_results
@@ -13,6 +13,7 @@ __all__ = [
     "Result",
     "Setting",
     "build_pair",
+    "check",
     "checkouts",
     "example",
     "machine",

@@ -137,7 +137,7 @@ def measure(
         UserError: if the model is unknown, or the device is not there.
         RuntimeError: if a peer computes something else.
     """
-    _check(setting)
+    check(setting)
     # An optimizer refers to itself: that of the last measurement, and its network, may still be there.
     gc.collect()
     if setting.compiled:
@@ -199,7 +199,12 @@ def machine() -> dict[str, Any]:
     return facts
 
 
-def _check(setting: Setting) -> None:
+def check(setting: Setting) -> None:
+    """Refuse what cannot be measured here.
+
+    Raises:
+        UserError: if the model is unknown, the dtype is none of those measured, or the device is not there.
+    """
     check_name(setting.model)
     if setting.dtype not in DTYPES:
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {setting.dtype!r}")

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from allmlp.errors import UserError
 from allmlp.language import GMLPConfig, GMLPForCausalLM
 from allmlp.language.configuration import VARIANTS
+from allmlp.vision.catalogue import list_models
 
 
 class Logits(nn.Module):
@@ -49,7 +50,7 @@ def check_name(name: str) -> None:
     Raises:
         UserError: with where to find those there are.
     """
-    if not (is_language(name) or timm.is_model(name)):
+    if not (is_language(name) or any(card.name == name for card in list_models())):
         texts = ", ".join(VARIANTS)
         raise UserError(
             f"there is no model {name!r}; `allmlp models` lists those for images, for text there are {texts}"

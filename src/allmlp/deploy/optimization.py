@@ -84,7 +84,13 @@ class OptimizedModel(nn.Module):
             raise ValueError(
                 f"this form was made for inputs like {made_for}, got {got}; call optimize with an example of that kind"
             )
-        return self._output.made_of(self._run(*(x.contiguous() for x in inputs)))
+        with _plain(inputs[0].device):
+            return self._output.made_of(self._run(*map(_own, inputs)))
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "an optimized form belongs to this process and machine: keep the model, and call optimize again"
+        )
 
     def extra_repr(self) -> str:
         return f"engine={self.engine!r}, dtype={dtype_name(self.dtype)}"
@@ -132,9 +138,10 @@ def optimize(
     known = ("auto", *ENGINES)
     if engine not in known:
         raise UserError(f"engine must be one of {', '.join(known)}, got {engine!r}.{nearest(engine, known)}")
-    with _prepared(model, names) as network:
-        with torch.no_grad():
-            output, expected = _Output.of(network(*examples))
+    _check_model(model, examples[0].device)
+    with _plain(examples[0].device), _prepared(model, names) as network:
+        examples = tuple(map(_own, examples))
+        output, expected = _Output.of(network(*examples))
         runners: dict[str, Runner] = {}
         tried: dict[str, Candidate] = {}
         for name in ENGINES if engine == "auto" else (engine,):
@@ -155,13 +162,14 @@ def optimize(
                 tried[name] = Candidate(engine=name, difference=difference, reason=reason)
     if not runners:
         raise RuntimeError("; ".join(f"{name}: {candidate.reason}" for name, candidate in tried.items()))
-    times = _times(runners, examples)
-    fastest = min(times, key=lambda name: times[name].ratio)
-    close = {name: run for name, run in runners.items() if times[name].ratio <= _CLOSE * times[fastest].ratio}
-    if len(close) > 1:
-        again = _times(close, examples)
-        fastest = min(again, key=lambda name: again[name].ratio)
-        times |= again
+    with _plain(examples[0].device):
+        times = _times(runners, examples)
+        fastest = min(times, key=lambda name: times[name].ratio)
+        close = {name: run for name, run in runners.items() if times[name].ratio <= _CLOSE * times[fastest].ratio}
+        if len(close) > 1:
+            again = _times(close, examples)
+            fastest = min(again, key=lambda name: again[name].ratio)
+            times |= again
     candidates = tuple(
         Candidate(
             engine=name,
@@ -188,7 +196,7 @@ class _ByPosition(nn.Module):
 @contextmanager
 def _prepared(model: nn.Module, names: tuple[str, ...]) -> Iterator[nn.Module]:
     """The model in eval mode, without a decoding cache, its inputs by position; it is as it was afterwards."""
-    training, config = model.training, getattr(model, "config", None)
+    modes, config = {module: module.training for module in model.modules()}, getattr(model, "config", None)
     caches = getattr(config, "use_cache", False) is True
     model.eval()
     if caches:
@@ -196,9 +204,34 @@ def _prepared(model: nn.Module, names: tuple[str, ...]) -> Iterator[nn.Module]:
     try:
         yield _ByPosition(model, names).eval() if names else model
     finally:
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training
         if caches:
             config.use_cache = True  # type: ignore[union-attr]
+
+
+@contextmanager
+def _plain(device: torch.device) -> Iterator[None]:
+    """Whatever the caller has on, nothing is recorded for gradients, and numbers are of the form's own dtype."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
+
+
+def _own(x: Tensor) -> Tensor:
+    """As all inputs are: a form would be compiled anew for those that know of gradients or of inference mode."""
+    return (x.clone() if x.is_inference() else x.detach()).contiguous()
+
+
+def _check_model(model: nn.Module, device: torch.device) -> None:
+    """Refuse parameters that do not go with a float32 example on a device."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype != torch.float32:
+            has = f"{name} is {dtype_name(parameter.dtype)}"
+            raise UserError(
+                f"the model must be float32, {has}; give model.float(), and name dtype= for what to compute in"
+            )
+        if parameter.device != device:
+            raise UserError(f"the model's {name} lies on {str(parameter.device)!r}, the example on {str(device)!r}")
 
 
 @dataclass(frozen=True)
@@ -244,7 +277,9 @@ def _checked_examples(given: Examples) -> tuple[tuple[Tensor, ...], tuple[str, .
         )
     if len(devices := {str(x.device) for x in examples}) > 1:
         raise UserError(f"the example must lie on one device, it lies on {', '.join(sorted(devices))}")
-    return tuple(x.detach().contiguous() for x in examples), names
+    if examples[0].device.type == "meta":
+        raise UserError("the example lies on 'meta', where nothing is computed")
+    return tuple(examples), names
 
 
 def _difference(got: list[Tensor], expected: list[Tensor]) -> float:

@@ -33,7 +33,7 @@ from allmlp.language.configuration import GMLPConfig
 from allmlp.language.generation import GMLPGenerationMixin
 from allmlp.language.inputs import check_token_ids, left_alignment, read_masks, reordered, reordered_mask
 from allmlp.layers import SpatialGatingUnit
-from allmlp.layers.recomputing import mapped
+from allmlp.layers.recomputing import mapped, pass_unchanged
 from allmlp.layers.spatial_gating import Past, gated_feed_forward
 from allmlp.ops import token_shift
 
@@ -76,7 +76,7 @@ class GMLPBlock(GradientCheckpointingLayer):
         if self.shift:
             x = self._shifted(x, padding, cache)
         parts = self.proj_in, self.act, self.sgu, self.proj_out
-        if not self.training:
+        if pass_unchanged(x, self.dropout, self.drop_path):
             return gated_feed_forward(*parts, x, mask, padding, cache, onto=hidden_states)
         y = gated_feed_forward(*parts, x, mask, padding, cache)
         return hidden_states + self.drop_path(self.dropout(y))

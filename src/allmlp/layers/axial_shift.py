@@ -7,6 +7,7 @@ from allmlp.layers.recomputing import (
     activated,
     adds_onto,
     is_plain_linear,
+    is_repeatable,
     is_watched,
     linear_after,
     mapped,
@@ -56,7 +57,8 @@ class AxialShift(nn.Module):
         """Mix `x`; the result is added to `onto` where that is given."""
         x = activated(self.act, self.norm1(mapped(self.conv1, x)))
         along_width, along_height = self._along(self.conv2_1, x, "width"), self._along(self.conv2_2, x, "height")
-        if type(self.norm2) is not SampleNorm or is_watched(self.norm2):
+        merges = type(self.norm2) is SampleNorm and not is_watched(self.norm2) and is_repeatable(self.act)
+        if not merges:
             y = self.conv3(self.norm2(self.act(along_width) + self.act(along_height)))
         else:
             merged = along_width, along_height, self.norm2.weight, self.norm2.bias

@@ -4,7 +4,7 @@ from jaxtyping import Float
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from allmlp.layers.recomputing import adds_onto, linear_act_linear, mapped, mapped_onto, pass_unchanged
+from allmlp.layers.recomputing import adds_onto, is_idle, linear_act_linear, mapped, mapped_onto, pass_unchanged
 
 
 @adds_onto
@@ -18,7 +18,7 @@ class ChannelMLP(Mlp):
         self, x: Float[Tensor, "*batch channels"], onto: Float[Tensor, "*batch channels"] | None = None
     ) -> Float[Tensor, "*batch channels"]:
         """Map `x`; the result is added to `onto` where that is given."""
-        if (self.training and self.drop1.p > 0) or type(self.norm) is not nn.Identity:
+        if not is_idle(self.drop1) or type(self.norm) is not nn.Identity:
             y = super().forward(x)
         elif onto is not None and pass_unchanged(x, self.drop2):
             return mapped_onto(onto, self.fc2, mapped(self.fc1, x, self.act))

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import TypeGuard, TypeVar
 
 import torch
+from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -17,6 +18,8 @@ from allmlp.ops.recomputing import Across, recomputing_linear
 Branch = TypeVar("Branch", bound=nn.Module)
 _ADD_ONTO: set[type[nn.Module]] = set()
 _ACROSS: dict[type[nn.Module], Across] = {nn.Linear: "channels", TokenLinear: "tokens"}
+_RATES: dict[type[nn.Module], str] = {nn.Dropout: "p", DropPath: "drop_prob"}
+_ELEMENTWISE = {nn.GELU, nn.ReLU, nn.SiLU, nn.Mish, nn.Sigmoid, nn.Tanh}
 
 
 def linear_after(linear: nn.Module, prologue: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -102,8 +105,7 @@ def residual(x: Tensor, branch: nn.Module, given: Tensor, drop_path: nn.Module) 
 
 def pass_unchanged(x: Tensor, *drops: nn.Module) -> bool:
     """Whether in plain inference these dropouts hand on tensors like `x`, no placeholders, and nobody watches them."""
-    unseen = is_plain_inference() and isinstance(x, Tensor)
-    return unseen and not any(drop.training or is_watched(drop) for drop in drops)
+    return is_plain_inference() and isinstance(x, Tensor) and all(map(is_idle, drops))
 
 
 def mapped_halves(linear: nn.Module, x: Tensor, act: nn.Module) -> tuple[Tensor, Tensor]:
@@ -112,9 +114,9 @@ def mapped_halves(linear: nn.Module, x: Tensor, act: nn.Module) -> tuple[Tensor,
     Args:
         linear: the layer; one that is no plain `nn.Linear`, or is watched, is called as it is.
         x: what it is given.
-        act: the activation, element by element; one that is watched is called once.
+        act: the activation, element by element; one that is watched or has parameters is called once.
     """
-    if not is_plain_linear(linear, x) or is_watched(act):
+    if not is_plain_linear(linear, x) or is_watched(act) or next(act.parameters(), None) is not None:
         u, v = mapped(linear, x, act).chunk(2, dim=-1)
         return u, v
     gelu = act.approximate if type(act) is nn.GELU else None
@@ -126,7 +128,7 @@ def mapped_halves(linear: nn.Module, x: Tensor, act: nn.Module) -> tuple[Tensor,
 
 def linear_act_linear(fc1: nn.Module, act: nn.Module, fc2: nn.Module, x: Tensor) -> Tensor:
     """`fc2(act(fc1(x)))`, keeping the hidden layer once: for backward before the activation, in inference behind it."""
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and is_repeatable(act):
         return linear_after(fc2, act, mapped(fc1, x))
     return mapped(fc2, mapped(fc1, x, act))
 
@@ -137,6 +139,19 @@ def is_plain_linear(linear: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
     It is an `nn.Linear` and no adapter or quantised layer, no hook watches it, and `x` is no placeholder of a trace.
     """
     return type(linear) is nn.Linear and not is_watched(linear) and isinstance(x, Tensor)
+
+
+def is_idle(drop: nn.Module) -> bool:
+    """Whether a dropout or stochastic depth hands on what it is given, and nobody notices if it is not called."""
+    if is_watched(drop):
+        return False
+    rate = _RATES.get(type(drop))
+    return type(drop) is nn.Identity or (rate is not None and not (drop.training and getattr(drop, rate)))
+
+
+def is_repeatable(act: nn.Module) -> bool:
+    """Whether backward may compute an activation again: it has no parameters, draws nothing, and nobody watches it."""
+    return type(act) in _ELEMENTWISE and not getattr(act, "inplace", False) and not is_watched(act)
 
 
 def is_watched(module: nn.Module) -> bool:

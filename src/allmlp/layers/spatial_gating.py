@@ -189,7 +189,7 @@ class SpatialGatingUnit(GridBound):
         u, v = x.chunk(2, dim=-1) if self.split else (x, x)
         if mask is None and padding is None and past is None and self._is_plain() and self._is_bare():
             return normalized_spatial_gating(u, v, *self._plain_parameters(x.shape[1]), causal=self.causal)
-        return apply_gate(u, self.gate(v, block_input, mask, padding, past))
+        return self.gated(u, self.gate(v, block_input, mask, padding, past))
 
     def gate(
         self,
@@ -224,6 +224,12 @@ class SpatialGatingUnit(GridBound):
             return finished_gate(gate.add_(bias), residual, self.gate_act)
         bias = _leading(self.bias, tokens, 1) if not self.toeplitz else self.bias
         return finished_gate(spatial_projection(v, self._matrix(tokens, mask), bias), residual, self.gate_act)
+
+    def gated(
+        self, u: Float[Tensor, "batch tokens gate_channels"], gate: Float[Tensor, "batch tokens gate_channels"]
+    ) -> Float[Tensor, "batch tokens gate_channels"]:
+        """`u ⊙ gate`, where the gate lies if it can; what an activation returned, others may hold."""
+        return apply_gate(u, gate) if self.gate_act is None else u * gate
 
     def trained_grid(self, own: Mapping[str, Tensor]) -> Grid:
         return (own["bias"].shape[-1],)
@@ -341,7 +347,7 @@ def gated_feed_forward(
     if torch.is_grad_enabled():
         y = linear_after(proj_out, torch.mul, u, gate)
         return y if onto is None else onto + y
-    return mapped_onto(onto, proj_out, apply_gate(u, gate))
+    return mapped_onto(onto, proj_out, sgu.gated(u, gate))
 
 
 def _takes_halves(sgu: nn.Module, x: Tensor) -> TypeGuard[SpatialGatingUnit]:

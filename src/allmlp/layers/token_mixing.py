@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from allmlp.layers.recomputing import is_watched, linear_after, mapped
+from allmlp.layers.recomputing import is_idle, is_repeatable, is_watched, linear_after, mapped
 from allmlp.layers.resampling import GridBound
 from allmlp.layers.token_linear import TokenLinear
 from allmlp.ops.resampling import Grid, resample_read, resample_written
@@ -34,7 +34,7 @@ class TokenMixingMLP(GridBound):
         self.drop2 = nn.Dropout(drop)
 
     def forward(self, x: Float[Tensor, "batch tokens channels"]) -> Float[Tensor, "batch tokens channels"]:
-        if self.training and self.drop1.p > 0:
+        if not is_idle(self.drop1):
             return self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))
         if torch.compiler.is_exporting() and all(
             type(fc) is TokenLinear and not is_watched(fc) for fc in (self.fc1, self.fc2)
@@ -46,7 +46,8 @@ class TokenMixingMLP(GridBound):
             return self.drop2(mapped(self.fc2, mapped(self.fc1, x, self.act)))
         hidden = self.fc1(x)
         # Products of 16 bits are so fast that an activation computed twice shows in the step.
-        keeps = isinstance(hidden, Tensor) and hidden.dtype in (torch.bfloat16, torch.float16)
+        narrow = isinstance(hidden, Tensor) and hidden.dtype in (torch.bfloat16, torch.float16)
+        keeps = narrow or not is_repeatable(self.act)
         return self.drop2(self.fc2(self.act(hidden)) if keeps else linear_after(self.fc2, self.act, hidden))
 
     def trained_grid(self, own: Mapping[str, Tensor]) -> Grid:

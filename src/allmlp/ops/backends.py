@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from allmlp.ops.execution import is_transformed
+
 Backend = Literal["auto", "torch", "triton"]
 
 # Operators whose fused form beat torch's compiler where it was measured (benchmarks/fused.py): what "auto" takes.
@@ -65,8 +67,8 @@ def _obstacle(*tensors: Tensor | None) -> str | None:
     given = [x for x in tensors if x is not None]
     if not all(isinstance(x, Tensor) for x in given):
         return "a symbolic trace hands it placeholders"
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        return "the kernels know no function transforms (torch.func)"
+    if not torch.compiler.is_compiling() and is_transformed():
+        return "the kernels know no function transforms (torch.func) and no forward-mode gradients"
     if not _HAS_TRITON:
         return "Triton is not installed"
     devices = {x.device for x in given}

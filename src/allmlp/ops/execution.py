@@ -14,7 +14,7 @@ def is_plain_inference() -> bool:
 
 def is_compiled() -> bool:
     """Whether a compiler reads along whose result runs here, and no function transform stands in between."""
-    return torch.compiler.is_compiling() and not (torch.compiler.is_exporting() or _is_transformed())
+    return torch.compiler.is_compiling() and not (torch.compiler.is_exporting() or is_transformed())
 
 
 def is_compiled_inference() -> bool:
@@ -46,8 +46,9 @@ def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
 
 def _is_traced() -> bool:
     """Whether a compiler, an exporter, a function transform or forward-mode differentiation reads along."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or _is_transformed()
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed()
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
+    """Whether a function transform (torch.func) or forward-mode differentiation reads along."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

@@ -112,8 +112,8 @@ def linear_weight_gradient(
     In bfloat16 on a CPU a gradient that is wide enough, and clearly narrower than the input, is transposed in front of
     the product: that and a plain product take less time than the product of what lies transposed.
     """
-    grad, x = grad.flatten(0, -2), x.flatten(0, -2)
-    written, read = grad.shape[1], x.shape[1]
+    written, read = grad.shape[-1], x.shape[-1]
+    grad, x = grad.reshape(-1, written), x.reshape(-1, read)
     if multiplies_in_float32(grad, x):
         return multiply(lambda grad, x: grad.t() @ x, grad, x)
     if type(grad) is Tensor and grad.is_cpu and grad.dtype == torch.bfloat16 and 384 <= written <= read // 2:
@@ -148,7 +148,7 @@ class _WideningLinear(torch.autograd.Function):
         return (
             linear_input_gradient(grad, weight) if needs_x else None,
             linear_weight_gradient(grad, x) if needs_weight else None,
-            grad.flatten(0, -2).sum(0) if needs_bias else None,
+            grad.reshape(-1, grad.shape[-1]).sum(0) if needs_bias else None,
         )
 
 

@@ -88,9 +88,11 @@ class _RecomputingLinear(torch.autograd.Function):
         again = torch.is_grad_enabled()
         with torch.enable_grad(), torch.autocast(*ctx.autocast):
             if again:
-                output = recomputing_linear_reference(ctx.across, ctx.prologue, inputs, weight, bias)
                 every = ctx.needs_input_grad[2:]
-                return None, None, *gradients(output, ctx.saved_tensors, every, grad, create_graph=True)
+                # Aliases: where one of them depends on another, that way of the gradient is not this function's.
+                own = [x.view_as(x) if need else x for x, need in zip(ctx.saved_tensors, every, strict=True)]
+                output = recomputing_linear_reference(ctx.across, ctx.prologue, own[2:], own[0], own[1])
+                return None, None, *gradients(output, own, every, grad, create_graph=True)
             inputs = [x.detach().requires_grad_(need) for x, need in zip(inputs, needs, strict=True)]
             x = ctx.prologue(*inputs)
         grad_weight, grad_bias = _parameter_gradients(
@@ -113,6 +115,6 @@ def _parameter_gradients(
         of = linear_weight_gradient if across == "channels" else weight_gradient
         grad_weight = of(grad, x.to(grad.dtype)).to(weight.dtype)
     if bias is not None:
-        summed = grad.flatten(0, -2).sum(0) if across == "channels" else bias_gradient(grad)
+        summed = grad.reshape(-1, grad.shape[-1]).sum(0) if across == "channels" else bias_gradient(grad)
         grad_bias = summed.sum_to_size(bias.shape).to(bias.dtype)
     return grad_weight, grad_bias

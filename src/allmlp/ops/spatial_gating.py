@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from allmlp.ops.backends import Backend, takes_fused
-from allmlp.ops.execution import autocast
+from allmlp.ops.execution import autocast, is_transformed
 from allmlp.ops.products import multiply
 from allmlp.ops.recomputing import recomputing_linear
 from allmlp.ops.token_linear import token_linear
@@ -78,10 +78,10 @@ def spatial_projection(
         return token_linear(v, weight.squeeze(0), bias.squeeze(0))
     if heads == 1:
         gate = multiply(torch.matmul, weight.squeeze(-3), v)
-        return gate.add_(bias.squeeze(-2).unsqueeze(-1))
+        return _added(gate, bias.squeeze(-2).unsqueeze(-1))
     v_BHNP = v.unflatten(-1, (heads, -1)).transpose(1, 2)
     gate_BHMP = multiply(torch.matmul, weight, v_BHNP)
-    gate_BHMP = gate_BHMP.add_(bias.unsqueeze(-1))
+    gate_BHMP = _added(gate_BHMP, bias.unsqueeze(-1))
     return gate_BHMP.transpose(1, 2).flatten(2)
 
 
@@ -92,7 +92,7 @@ def finished_gate(
 ) -> Float[Tensor, "batch tokens channels"]:
     """`act(gate + residual)`. The gate is taken over: it must be a fresh tensor that nobody else reads."""
     if residual is not None:
-        gate = gate.add_(residual)
+        gate = _added(gate, residual)
     return gate if gate_act is None else gate_act(gate)
 
 
@@ -100,10 +100,15 @@ def apply_gate(
     u: Float[Tensor, "batch tokens channels"], gate: Float[Tensor, "batch tokens channels"]
 ) -> Float[Tensor, "batch tokens channels"]:
     """`u ⊙ gate`. The gate is taken over: it must be a fresh tensor that nobody else reads."""
-    if torch.is_grad_enabled() or torch.jit.is_tracing() or gate.dtype != u.dtype:
+    if torch.is_grad_enabled() or torch.jit.is_tracing() or is_transformed() or gate.dtype != u.dtype:
         return u * gate
     # Nothing is kept for backward: the gate's memory serves for the result.
     return gate.mul_(u)
+
+
+def _added(gate: Tensor, x: Tensor) -> Tensor:
+    """Where the gate lies; under vmap `x` alone may have the mapped axis, which has no place there."""
+    return gate + x if is_transformed() else gate.add_(x)
 
 
 def normalized_spatial_gating_reference(

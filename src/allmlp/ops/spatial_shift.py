@@ -58,7 +58,7 @@ def spatial_shift(
         ValueError: for another `order`.
     """
     check_order(order)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return spatial_shift_reference(x, order)
     return _shifted(x, order, False)
 

@@ -262,7 +262,7 @@ _EXPANSION = 4
 
 def _slice_size(x: Tensor, batch: int) -> int:
     """How many of `batch` samples like those of `x` a block should be given at once."""
-    sample = _EXPANSION * x[0].numel() * x.element_size()
+    sample = _EXPANSION * x.shape[1:].numel() * x.element_size()
     return batch if sample * batch <= LARGEST_KEPT_BYTES else max(1, _SLICE_BYTES // sample)
 
 

@@ -7,7 +7,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from allmlp.layers import PatchEmbedding, SpatialGatingUnit
-from allmlp.layers.recomputing import pass_unchanged
+from allmlp.layers.recomputing import is_idle, pass_unchanged
 from allmlp.layers.spatial_gating import gated_feed_forward
 from allmlp.vision.base import VisionMLP, column_levels, depth_decayed
 from allmlp.vision.registry import register_family
@@ -72,9 +72,9 @@ class GMLPBlock(nn.Module):
         tokens = x.flatten(1, 2)
         normed = self.norm(tokens)
         parts = self.proj_in, self.act, self.sgu, self.proj_out
-        if pass_unchanged(tokens, self.drop2, self.drop_path):
+        if pass_unchanged(tokens, self.drop1, self.drop2, self.drop_path):
             return gated_feed_forward(*parts, normed, onto=tokens).view_as(x)
-        if self.training and self.drop1.p > 0:
+        if not is_idle(self.drop1):
             y = self.proj_out(self.sgu(self.drop1(self.act(self.proj_in(normed))), normed))
         else:
             y = gated_feed_forward(*parts, normed)

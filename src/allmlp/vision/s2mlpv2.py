@@ -50,7 +50,8 @@ class S2Attention(nn.Module):
         """Mix `x`; the result is added to `onto` where that is given."""
         x1, x2, x3 = mapped(self.expand, x).chunk(3, dim=-1)
         branches = (self.shift1(x1), self.shift2(x2), x3)
-        if not is_plain_training(x3) or is_watched(self.split_attention):
+        merging = self.split_attention
+        if not is_plain_training(x3) or type(merging) is not SplitAttention or is_watched(merging):
             return mapped_onto(onto, self.proj, self.split_attention(branches))
         # A branch of its own, so that backward does not keep what the other two were made of.
         branches = (*branches[:2], x3.contiguous())
