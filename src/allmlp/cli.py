@@ -360,6 +360,8 @@ def _convert(options: argparse.Namespace) -> None:
     facts = dict(fact for given in options.facts for fact in given)
     names = _lines(options.classes) if options.classes else None
     if options.checkpoint.startswith(pretrained.TIMM):
+        if facts or options.source not in (None, "timm"):
+            raise UserError("timm's own weights come with all that has to be known: leave --source and --set out.")
         found = pretrained.from_timm(options.checkpoint.removeprefix(pretrained.TIMM))
     else:
         found = conversion.convert_checkpoint(options.checkpoint, options.source, facts)

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 
@@ -77,3 +79,10 @@ def test_a_prefix_that_all_share_comes_off(prefix: str) -> None:
     assert strip_prefix({f"{prefix}{name}": tensor for name, tensor in WEIGHTS.items()}) == WEIGHTS
     assert strip_prefix({**WEIGHTS, f"{prefix}a": WEIGHTS["a.bias"]}) is None
     assert strip_prefix({}) is None
+
+
+def test_what_holds_itself_is_refused() -> None:
+    contents: dict[str, Any] = {"weight": torch.ones(3)}
+    contents["model"] = contents
+    with pytest.raises(UserError, match="It holds itself under 'model'"):
+        unwrap(contents)

@@ -50,6 +50,7 @@ def test_unknown_names_offer_the_nearest() -> None:
     [
         ("hidden_size", 0, "hidden_size must be at least 1, got 0"),
         ("token_shift", -1, "token_shift must be at least 0, got -1"),
+        ("token_shift", 512, "token_shift must be below hidden_size, 512, got 512"),
         ("intermediate_size", 7, "must be even to be split in halves, got 7"),
         ("num_spatial_heads", 5, "must divide the gate's 1536 channels, got 5"),
         ("survival_probability", 0, "must be above 0 and at most 1, got 0"),

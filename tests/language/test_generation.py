@@ -2,7 +2,14 @@ import logging
 
 import pytest
 import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from allmlp.errors import UserError
@@ -236,3 +243,22 @@ def test_bad_prompts_are_refused_in_a_sentence() -> None:
         model.generate(tokens(1, 3), config, cache_implementation="static")
     with pytest.raises(UserError, match="needs the prompt as input_ids"):
         model.generate(inputs_embeds=torch.zeros(1, 3, 10), max_new_tokens=3, context_overflow="reprefill")
+
+
+def test_drafts_do_not_go_with_reprefill_but_with_other_models() -> None:
+    model, prompt = tiny_model(GMLPForCausalLM), tokens(1, 5)
+    for drafts in ({"prompt_lookup_num_tokens": 2}, {"assistant_model": tiny_model(GMLPForCausalLM)}):
+        with pytest.raises(UserError, match=f"reprefill' does not go with {next(iter(drafts))}"):
+            model.generate(prompt, max_new_tokens=20, context_overflow="reprefill", **drafts)
+    sizes = {"n_embd": 8, "n_head": 1, "n_layer": 1, "bos_token_id": None, "eos_token_id": None}
+    other = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, **sizes)).eval()
+    wanted = {"max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(model.generate(prompt, assistant_model=other, **wanted), model.generate(prompt, **wanted))
+
+
+def test_other_caches_are_refused() -> None:
+    model, prompt = tiny_model(GMLPForCausalLM), tokens(1, 5)
+    with pytest.raises(UserError, match="on a GMLPCache of their own, got DynamicCache"):
+        model.generate(prompt, past_key_values=DynamicCache())
+    with pytest.raises(UserError, match="leave cache_implementation out"):
+        model.generate(prompt, generation_config=GenerationConfig(cache_implementation="static", max_new_tokens=2))

@@ -184,3 +184,20 @@ def test_auto_classes_take_a_dtype_and_an_attention_implementation(tmp_path) -> 
     assert model.dtype == torch.bfloat16
     letters().save_pretrained(tmp_path)
     assert len(AutoTokenizer.from_pretrained(tmp_path)) == 30
+
+
+def test_label_smoothing_is_of_the_next_token(tmp_path) -> None:
+    model, ids = tiny_model(GMLPForCausalLM).float(), tokens(3, 8)
+    arguments = TrainingArguments(output_dir=str(tmp_path), label_smoothing_factor=0.1, report_to=[], use_cpu=True)
+    loss = Trainer(model=model, args=arguments).compute_loss(model, {"input_ids": ids, "labels": ids})
+    logits = model(ids).logits[:, :-1]
+    expected = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), label_smoothing=0.1)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_texts_class_is_of_what_the_mask_lets_it_read() -> None:
+    model, ids = tiny_model(GMLPForSequenceClassification), tokens(3, 6)
+    mask = torch.ones(6, 6, dtype=torch.bool).tril()
+    masked = model(ids, visibility_mask=mask).logits
+    assert not torch.allclose(masked, model(ids).logits)
+    assert_close(model(ids, attention_mask=mask.expand(3, 1, 6, 6)).logits, masked)

@@ -352,3 +352,18 @@ def test_a_resumed_run_says_what_has_changed(tmp_path: Path, caplog: pytest.LogC
     language.train(_language(tmp_path, max_steps=4), run)
     language.train(_language(tmp_path, max_steps=5, lr=0.5), run, resume=True)
     assert "going on with other hyper-parameters: max_steps 4 → 5, lr 0.01 → 0.5" in caplog.text
+
+
+def test_a_damaged_checkpoint_is_named_file_by_file(tmp_path: Path) -> None:
+    recipe, run = _vision(tmp_path, max_steps=2, ema=0.9), tmp_path / "run"
+    training.train(recipe, run)
+    checkpoint = last_checkpoint(run)
+    files = [path for path in checkpoint.iterdir() if path.suffix in (".json", ".pt", ".pth", ".safetensors")]
+    assert len(files) >= 5
+    for path in files:
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(UserError, match=f"{path.name} cannot be read: .* Remove .*{checkpoint.name} to go on from"):
+            training.train(recipe, run, resume=True)
+        path.write_bytes(whole)
+    training.train(recipe, run, resume=True)

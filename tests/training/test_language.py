@@ -68,6 +68,7 @@ def test_a_causal_run_learns_and_says_how_much(written) -> None:
 def test_a_run_directory_loads_everywhere(written) -> None:
     run = written[0]
     models = [allmlp.load(run), AutoModelForCausalLM.from_pretrained(run), allmlp.load(run / "checkpoint-60")]
+    assert AutoTokenizer.from_pretrained(run).model_max_length == 16
     ids = AutoTokenizer.from_pretrained(run)("line 1", return_tensors="pt").input_ids
     logits = [model.eval()(ids).logits for model in models]
     assert all(type(model) is GMLPForCausalLM and not model.training for model in models)

@@ -242,3 +242,11 @@ def _any_size(name: str) -> torch.nn.Module:
 def test_an_image_without_pixels_is_refused(name) -> None:
     with pytest.raises(ValueError, match="0×5 pixels"):
         shallow_model(name)(torch.randn(1, 3, 0, 5))
+
+
+@pytest.mark.parametrize("size", [-4, 0, 2])
+def test_sizes_that_no_model_takes_are_refused_where_any_size_is(size: int) -> None:
+    model = timm.create_model("asmlp_nano_patch2_32")
+    with pytest.raises(ValueError, match="too small for this model's last stage"):
+        model.set_input_size(size)
+    assert model.pretrained_cfg["input_size"] == (3, 32, 32)

@@ -1,6 +1,7 @@
 """Weights to start from, by whatever name they go."""
 
 import dataclasses
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 
 from allmlp.checkpoints import run_directory
 from allmlp.checkpoints.architecture import PREPARATION, Architecture, LanguageArchitecture, VisionArchitecture
-from allmlp.checkpoints.conversion import Conversion, convert_checkpoint, convert_state_dict
+from allmlp.checkpoints.conversion import Conversion, MissingFacts, convert_checkpoint, convert_state_dict
 from allmlp.errors import UserError
 
 TIMM = "timm:"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +44,15 @@ def find_pretrained(source: str | Path) -> Pretrained:
         found = from_timm(str(source).removeprefix(TIMM))
         return Pretrained(architecture=found.architecture, model=found.model)
     if Path(source).is_file():
-        found = convert_checkpoint(source)
+        try:
+            found = convert_checkpoint(source)
+        except MissingFacts as error:
+            raise UserError(
+                f"{source} does not store {' and '.join(error.names)}. Convert it first, by allmlp convert {source} "
+                "--output DIR --set …, and start from DIR."
+            ) from error
+        for note in found.notes:
+            _log.warning("%s: %s", source, note)
         return Pretrained(architecture=found.architecture, model=found.model)
     model = run_directory.load(source)
     config = run_directory.read_config(source)

@@ -164,7 +164,10 @@ def _storage_bytes(contents: Any) -> Counter[int]:
 
 
 def _corrupt(path: Path, error: BaseException) -> UserError:
-    reason = str(error).strip().splitlines()
+    text = str(error).strip()
+    # torch's first line advises to run whatever the file holds; the reason stands behind it
+    text = text.partition("WeightsUnpickler error: ")[2] or text
+    reason = text.splitlines()
     return UserError(f"{path} is corrupt or cut short ({reason[0] if reason else type(error).__name__}).")
 
 

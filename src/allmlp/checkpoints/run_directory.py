@@ -104,6 +104,9 @@ def save_language(directory: str | Path, model: Any, tokenizer: Any = None) -> N
         # it would be saved with the padding and the length of the last call
         tokenizer.backend_tokenizer.no_padding()
         tokenizer.backend_tokenizer.no_truncation()
+    if tokenizer is not None and model.config.spatial_weight == "dense":
+        # what pipelines cut texts to
+        tokenizer.model_max_length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".", suffix=UNFINISHED) as temporary:
         for part in (model, tokenizer):
             if part is not None:

@@ -1,11 +1,17 @@
 """The checkpoints of a training in its run directory: `checkpoint-STEP` appears, and vanishes, all at once."""
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+from safetensors import safe_open
+from transformers.trainer_pt_utils import safe_globals
+
+from allmlp.errors import UserError
 from allmlp.files import UNFINISHED, to_disk
 
 STATE = "trainer_state.json"
@@ -23,6 +29,31 @@ def last_checkpoint(directory: str | Path, also: Sequence[str] = ()) -> Path | N
     needed = (STATE, *also)
     complete = [path for path in checkpoints_in(directory) if all((path / name).is_file() for name in needed)]
     return complete[-1] if complete else None
+
+
+def require_readable(checkpoint: Path) -> None:
+    """Does nothing where each file of a checkpoint can be read.
+
+    Raises:
+        UserError: One is damaged, or holds what would have to be run.
+    """
+    for path in sorted(checkpoint.iterdir()):
+        try:
+            if path.suffix == ".json":
+                json.loads(path.read_text(encoding="utf-8"))
+            elif path.suffix == ".safetensors":
+                with safe_open(path, framework="pt"):
+                    pass
+            elif path.suffix in (".pt", ".pth"):
+                # what the Trainer reads, as it reads it; mapped, so that no tensor is read yet
+                with safe_globals():
+                    torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # a damaged file fails anywhere in a parser
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0]
+            raise UserError(
+                f"{path} cannot be read: {reason}. Remove {checkpoint} to go on from the checkpoint before it."
+            ) from error
 
 
 def checkpoint_path(directory: str | Path, step: int) -> Path:

@@ -44,12 +44,16 @@ def unwrap(contents: Mapping[str, Any]) -> Unwrapped:
     """
     beside: dict[str, Any] = {}
     notes = []
+    seen: list[Mapping[str, Any]] = []
     while holder := next((name for name in _HOLDERS if _holds_tensors(contents.get(name))), None):
         others = [name for name in _HOLDERS if name != holder and _holds_tensors(contents.get(name))]
         if holder in _AVERAGED and others:
             notes.append(f"The averaged weights ('{holder}') are taken, not '{others[0]}'.")
         beside = {**{name: value for name, value in contents.items() if name not in (holder, *others)}, **beside}
+        seen.append(contents)
         contents = contents[holder]
+        if any(contents is outer for outer in seen):
+            raise UserError(f"It holds itself under {shown(holder)}.")
     tensors = {name: value for name, value in contents.items() if isinstance(value, Tensor)}
     beside.update({name: value for name, value in contents.items() if name not in tensors})
     # the counter of torch.optim.swa_utils.AveragedModel

@@ -9,6 +9,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from allmlp.language.cache import GMLPCache
 from allmlp.language.configuration import GMLPConfig
@@ -32,6 +33,8 @@ __all__ = [
     "GMLPModel",
 ]
 
+# By this name the Trainer knows that label smoothing is of the next token.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[GMLPConfig.model_type] = GMLPForCausalLM.__name__
 AutoConfig.register(GMLPConfig.model_type, GMLPConfig)
 AutoModel.register(GMLPConfig, GMLPModel)
 AutoModelForCausalLM.register(GMLPConfig, GMLPForCausalLM)

@@ -217,11 +217,14 @@ def given_cache(cache: GMLPCache | None, past_key_values: GMLPCache | None) -> G
     """The cache that a model is given, by transformers' name of today or by that before version 5.24.
 
     Raises:
-        UserError: if it is given by both.
+        UserError: if it is given by both, or is another model's.
     """
     if cache is not None and past_key_values is not None:
         raise UserError("give one cache: as cache, or as past_key_values, its older name")
-    return past_key_values if cache is None else cache
+    given = past_key_values if cache is None else cache
+    if given is not None and not isinstance(given, GMLPCache):
+        raise UserError(f"gMLP models decode on a GMLPCache of their own, got {type(given).__name__}")
+    return given
 
 
 def _resized(kept: Float[Tensor, "batch places channels"], places: int) -> Float[Tensor, "batch more_places channels"]:

@@ -79,6 +79,11 @@ class GMLPConfig(PreTrainedConfig):
         for name in ("tiny_attention_size", "token_shift"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must be at least 0, got {getattr(self, name)}")
+        # a shift needs a group of channels, and a token that streams far beyond its context reads no further than that
+        below = ["hidden_size", *(["max_position_embeddings"] if self.spatial_weight == "toeplitz" else [])]
+        for name in below:
+            if self.token_shift >= getattr(self, name):
+                raise UserError(f"token_shift must be below {name}, {getattr(self, name)}, got {self.token_shift}")
         if self.intermediate_size % 2:
             raise UserError(f"intermediate_size must be even to be split in halves, got {self.intermediate_size}")
         if self.num_spatial_heads < 1 or self.intermediate_size // 2 % self.num_spatial_heads:

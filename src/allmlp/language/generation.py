@@ -40,19 +40,27 @@ class GMLPGenerationMixin(GenerationMixin):
             args: further positional arguments of transformers' `generate`.
             context_overflow: what to do when the context is full. `"stop"` ends there. `"reprefill"` drops the older
                 half and goes on; each time costs one forward pass over the other half, whose tokens move to the first
-                positions. Toeplitz models have no limit and take no notice.
+                positions. Toeplitz models have no limit and take no notice. Drafts of an assistant or of the prompt
+                itself cannot be taken back over such a step: with them there is `"stop"` alone.
             kwargs: further arguments of transformers' `generate`.
 
         Returns:
             What transformers' `generate` returns.
 
         Raises:
-            UserError: if the prompt is empty, longer than the context, or has ids outside the vocabulary.
+            UserError: if the prompt is empty, longer than the context, or has ids outside the vocabulary, or what is
+                asked for does not go with the model's own cache.
         """
         if context_overflow not in ("stop", "reprefill"):
             raise UserError(f"context_overflow must be 'stop' or 'reprefill', got {context_overflow!r}")
-        if kwargs.get("cache_implementation") is not None:
+        asked = {**(generation_config.to_dict() if generation_config is not None else {}), **kwargs}
+        if asked.get("cache_implementation") is not None:
             raise UserError("gMLP models decode on their own cache: leave cache_implementation out")
+        if context_overflow == "reprefill" and self._context is not None:
+            drafted = [name for name in ("assistant_model", "prompt_lookup_num_tokens") if asked.get(name) is not None]
+            if drafted:
+                raise UserError(f"context_overflow='reprefill' does not go with {drafted[0]}: leave one of them out")
+            kwargs["context_overflow"] = context_overflow
         prompt = inputs if inputs is not None else kwargs.get("input_ids")
         start = prompt if prompt is not None else kwargs.get("inputs_embeds")
         if prompt is not None:
@@ -66,9 +74,7 @@ class GMLPGenerationMixin(GenerationMixin):
         cache = given_cache(kwargs.pop("cache", None), kwargs.pop("past_key_values", None))
         if cache is not None:
             kwargs[CACHE] = cache
-        return cast(Any, super()).generate(
-            inputs, generation_config, *args, context_overflow=context_overflow, **kwargs
-        )
+        return cast(Any, super()).generate(inputs, generation_config, *args, **kwargs)
 
     @property
     def _context(self) -> int | None:

@@ -218,9 +218,10 @@ class GMLPModel(GMLPPreTrainedModel):
     def _check_length(self, tokens: int) -> None:
         context = self.config.max_position_embeddings
         if self.config.spatial_weight == "dense" and tokens > context:
+            beyond = "generate(context_overflow='reprefill') goes on from the last half of a full one; "
             raise UserError(
                 f"{tokens} tokens do not fit the model's context of {context}: its spatial weight has one row for each "
-                "absolute position. generate(context_overflow='reprefill') goes on from the last half of a full one; "
+                f"absolute position. {beyond if self.config.is_decoder else 'Cut longer texts (truncation=True); '}"
                 "models with spatial_weight='toeplitz' have no limit."
             )
 
@@ -354,10 +355,11 @@ class GMLPForSequenceClassification(GMLPPreTrainedModel):
     def forward(
         self,
         input_ids: Int[Tensor, "batch tokens"] | None = None,
-        attention_mask: Int[Tensor, "batch tokens"] | None = None,
+        attention_mask: Tensor | None = None,
         inputs_embeds: Float[Tensor, "batch tokens channels"] | None = None,
         labels: Tensor | None = None,
         output_hidden_states: bool | None = None,
+        visibility_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutput:
         """Score each text; the arguments are those of `GMLPModel.forward`, and `labels` one class or target a text."""
@@ -366,6 +368,7 @@ class GMLPForSequenceClassification(GMLPPreTrainedModel):
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             output_hidden_states=output_hidden_states,
+            visibility_mask=visibility_mask,
             use_cache=False,
         )
         logits = self.score(self.dropout(self._pooled(outputs.last_hidden_state, attention_mask)))
@@ -375,7 +378,8 @@ class GMLPForSequenceClassification(GMLPPreTrainedModel):
         return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
     def _pooled(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
-        if attention_mask is None:
+        # One of more axes says who reads whom, not what is real.
+        if attention_mask is None or attention_mask.dim() > 2:
             return hidden[:, -1] if self.config.is_decoder else hidden.mean(1)
         real = attention_mask.to(hidden.dtype)
         if not self.config.is_decoder:

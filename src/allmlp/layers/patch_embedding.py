@@ -96,6 +96,8 @@ class PatchEmbedding(PatchEmbed):
             check_patches_tile(image, patch)
             self.img_size, self.grid_size = image, (image[0] // patch[0], image[1] // patch[1])
             self.num_patches = self.grid_size[0] * self.grid_size[1]
+        elif img_size is not None:
+            _check_not_too_small(pair(img_size), [side * self.further_stride for side in patch])
         if kernel != former.kernel_size:
             weight = resample_patch_embed(former.weight.detach(), list(kernel))
             former.weight = nn.Parameter(weight, requires_grad=former.weight.requires_grad)

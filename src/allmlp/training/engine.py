@@ -24,6 +24,7 @@ from allmlp.checkpoints.training_checkpoints import (
     checkpoints_in,
     last_checkpoint,
     publish_checkpoint,
+    require_readable,
     rotate_checkpoints,
     unfinished_checkpoint,
 )
@@ -369,6 +370,8 @@ def prepare_output(output: Path, recipe: Recipe, *, resume: bool, overwrite: boo
         _log.info("going on from %s", checkpoint) if checkpoint else _log.warning(
             "%s has no complete checkpoint to go on from: starting at the beginning", output
         )
+        if checkpoint:
+            require_readable(checkpoint)
     if is_first_process():
         run_directory.remove_unfinished(output)
         if overwrite and not resume:

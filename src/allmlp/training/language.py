@@ -259,6 +259,11 @@ def planned_config(recipe: LanguageRecipe, start: Any, tokenizer: Any, classes: 
             raise UserError("Nothing to train: name a model, or a run directory to start from.")
     except StrictDataclassError as error:
         raise UserError(f"The model cannot be made so: {' '.join(str(error).split())}") from error
+    if config.vocab_size < len(tokenizer):
+        raise UserError(
+            f"The model has a vocabulary of {config.vocab_size}, the tokenizer {len(tokenizer)} tokens: leave "
+            "vocab_size away, or make it as large."
+        )
     if recipe.context and recipe.context > config.max_position_embeddings and config.spatial_weight == "dense":
         raise UserError(
             f"The context of {recipe.context} tokens is longer than the model's {config.max_position_embeddings}."

@@ -1,5 +1,6 @@
 """What a trained language model knows: nats and bits of a text, classes of texts, and what it writes."""
 
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,9 @@ from allmlp.language import GMLPForCausalLM
 from allmlp.training.evaluation import accuracy_of, recipe_of, same_data
 from allmlp.training.recipe import LanguageRecipe
 
+_log = logging.getLogger("allmlp")
+_LOGITS = 1 << 27
+
 
 @torch.inference_mode()
 def text_loss(model: Any, windows: TokenWindows, batch_size: int = 64) -> tuple[float, int]:
@@ -33,12 +37,13 @@ def text_loss(model: Any, windows: TokenWindows, batch_size: int = 64) -> tuple[
     Args:
         model: A causal or masked language model; it stays on its device.
         windows: The text.
-        batch_size: Windows per forward pass.
+        batch_size: Windows per forward pass, fewer where their logits would be more than 2²⁷ numbers.
 
     Returns:
         Nats in all, and the number of tokens predicted.
     """
     nats, predicted = 0.0, 0
+    batch_size = max(1, min(batch_size, _LOGITS // (windows.context * model.config.vocab_size)))
     for logits, labels in _outputs(model, windows, batch_size):
         losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
         nats += losses.double().sum().item()
@@ -133,6 +138,8 @@ def evaluate(run: str, data: str | None = None, *, batch_size: int = 64, stride:
         if seen is not None:
             part, text = "held out", text.cut(seen.holdout)[1]
     tokens = encode(text, tokenizer)
+    if tokens.unknown:
+        _log.warning("%d of %d tokens stand for text the tokenizer does not know", tokens.unknown, len(tokens))
     masking = None
     if task == "fill-mask":
         share = getattr(recipe, "mask_share", 0.15)
@@ -183,6 +190,11 @@ def generate(
             "temperature and top_k must be at least 0, max_new_tokens and beams at least 1, and top_p above 0 and at "
             f"most 1; got {temperature}, {top_k}, {max_new_tokens}, {beams} and {top_p}."
         )
+    # the sampler divides by it, in float32
+    if 0 < temperature < 1e-6:
+        raise UserError(f"temperature must be 0 or at least 1e-6, got {temperature}.")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed must be a whole number from 0 to 2³²-1, got {seed}.")
     model = load_model(run)
     tokenizer = model_tokenizer(run, model)
     batch = _prompts(prompts, tokenizer, run)
@@ -273,6 +285,8 @@ def _prompts(prompts: Sequence[str], tokenizer: Any, run: str) -> dict[str, Tens
     if empty:
         raise UserError(f"Prompt {empty[0]} is empty: give at least one character.")
     for prompt in prompts:
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise UserError(f"The prompt {prompt!r} is not UTF-8.")
         found = tokenizer(prompt, add_special_tokens=False)
         if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in found["input_ids"]:
             span = found.token_to_chars(found["input_ids"].index(tokenizer.unk_token_id))

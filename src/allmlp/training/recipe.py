@@ -220,7 +220,18 @@ def _task_of_model(model: Any, start_from: Any) -> str:
     if model is not None:
         from allmlp.language.configuration import VARIANTS
 
-        return CausalRecipe.task if isinstance(model, str) and model in VARIANTS else VisionRecipe.task
+        if not isinstance(model, str):
+            return VisionRecipe.task
+        if model in VARIANTS:
+            return CausalRecipe.task
+        import timm
+
+        import allmlp.vision  # noqa: F401 registers the architectures
+
+        if not timm.is_model(model.split(".")[0]):
+            known = [*VARIANTS, *timm.list_models()]
+            raise UserError(f"There is no model {shown(model)}.{nearest(model, known)}")
+        return VisionRecipe.task
     if isinstance(start_from, str) and Path(start_from).is_dir():
         from allmlp.checkpoints import run_directory
 

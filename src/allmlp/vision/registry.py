@@ -111,7 +111,7 @@ def _entry_point(
 def _features(levels: int | tuple[int, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """What `features_only=True` returns, in timm's terms; takes the arguments that say so out of `kwargs`."""
     given = {name: kwargs.pop(name) for name in ("feature_norms", "pyramid_channels") if name in kwargs}
-    given = {name: value for name, value in given.items() if value not in (None, False)}
+    given = {name: value for name, value in given.items() if value is not None and value is not False}
     if len(given) > bool(kwargs.get("features_only")):
         raise ValueError(f"{' and '.join(given)}: one of them at a time, and with features_only=True")
     if "feature_norms" in given:
