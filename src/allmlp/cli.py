@@ -225,6 +225,10 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument(
         "--stride", type=int, metavar="N", help="tokens from one window of text to the next (default: the context)"
     )
+    parser.add_argument(
+        "--text-column", metavar="NAME", help="column of the texts in a table (default: as in training)"
+    )
+    parser.add_argument("--label-column", metavar="NAME", help="column of the classes in a table, likewise")
     parser.add_argument("--json", action="store_true", help="answer in JSON")
 
 
@@ -250,7 +254,12 @@ def _evaluate(options: argparse.Namespace) -> None:
         from allmlp.training import language_evaluation, language_report
 
         measured = language_evaluation.evaluate(
-            options.run_directory, options.data, batch_size=options.batch_size, stride=options.stride
+            options.run_directory,
+            options.data,
+            batch_size=options.batch_size,
+            stride=options.stride,
+            text_column=options.text_column,
+            label_column=options.label_column,
         )
         _answer(options, measured, lambda: language_report.evaluation_text(measured))
         return

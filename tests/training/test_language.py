@@ -155,6 +155,12 @@ def test_a_classifier_of_texts_learns(tmp_path, causal) -> None:
     found = evaluate(str(tmp_path / "run"))
     assert found["accuracy"] == metrics["accuracy"]
     assert "animals" in evaluation_text(found)
+    named = dict(zip(("review", "subject"), labelled(80).values(), strict=True))
+    elsewhere = write_table(tmp_path / "named.csv", named)
+    columns = {"text_column": "review", "label_column": "subject"}
+    assert evaluate(str(tmp_path / "run"), elsewhere, **columns)["accuracy"] > 0.9
+    with pytest.raises(UserError, match="--label-column"):
+        evaluate(str(tmp_path / "run"), elsewhere)
     write_table(tmp_path / "other.csv", {"text": ["a"] * 4, "label": ["stones", "plants"] * 2})
     with pytest.raises(UserError, match="has classes that the model does not know: stones"):
         evaluate(str(tmp_path / "run"), str(tmp_path / "other.csv"))

@@ -131,8 +131,12 @@ class TokenWindows(Dataset):
         self.positions = len(tokens) - (masking is None)
         if self.positions < 1 or (seed is not None and self.positions < context):
             raise UserError(
-                f"the text has {len(tokens):,} tokens, too few for windows of {context}: "
-                "give more text, or a shorter context (--context)"
+                f"the text has {len(tokens):,} tokens, too few "
+                + (
+                    "to predict one"
+                    if seed is None
+                    else f"for windows of {context}: give more text, or a shorter --context"
+                )
             )
         self.epoch = self.offset = 0
         # the same windows and masks each time

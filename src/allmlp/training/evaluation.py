@@ -241,7 +241,10 @@ def load_classifier(
     """
     kind = run_directory.read_config(run)["model_type"]
     if kind != run_directory.VISION:
-        raise UserError(f"{run} holds a model of type '{kind}', not an image classifier.")
+        way = ""
+        if kind == run_directory.LANGUAGE and run_directory.task(run) == "text-classification":
+            way = f" Of texts, transformers tells the classes: pipeline('text-classification', model={str(run)!r})."
+        raise UserError(f"{run} holds a model of type '{kind}', not an image classifier.{way}")
     model = run_directory.load(run, img_size=img_size, patch_kernel=patch_kernel)
     if not getattr(model, "num_classes", 0):
         raise UserError(f"{run} holds a model without a classifier: it gives features, not classes.")

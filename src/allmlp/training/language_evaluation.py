@@ -101,7 +101,15 @@ def text_measures(nats: float, predicted: int, text: Tokens, *, masked: bool = F
     return measures
 
 
-def evaluate(run: str, data: str | None = None, *, batch_size: int = 64, stride: int | None = None) -> dict[str, Any]:
+def evaluate(
+    run: str,
+    data: str | None = None,
+    *,
+    batch_size: int = 64,
+    stride: int | None = None,
+    text_column: str | None = None,
+    label_column: str | None = None,
+) -> dict[str, Any]:
     """How well a run's model knows a text, or tells texts apart.
 
     Of the data it was trained on, the held-out part counts; of other data its validation split, or all of it where it
@@ -112,6 +120,8 @@ def evaluate(run: str, data: str | None = None, *, batch_size: int = 64, stride:
         data: A text as for training; the run's own by default.
         batch_size: Windows or texts per forward pass.
         stride: Tokens from one window to the next; smaller gives more context to each token, at more cost.
+        text_column: Column of the texts in a table; by default as in training, or found by its name.
+        label_column: Column of the classes, likewise.
 
     Returns:
         What `text_measures`, or for classes `accuracy_of`, gives, with `run`, `data`, `task` and its `part`.
@@ -130,8 +140,14 @@ def evaluate(run: str, data: str | None = None, *, batch_size: int = 64, stride:
     seen = recipe if recipe and same_data(data, own) else None
     found: dict[str, Any] = {"run": str(run), "data": data, "task": task}
     if task == "text-classification":
-        return found | _evaluate_classes(model, tokenizer, data, seen, recipe, context, batch_size)
-    splits = find_texts(data, recipe.text_column if recipe else None)
+        columns = {
+            "text_column": text_column or getattr(recipe, "text_column", None),
+            "label_column": label_column or getattr(recipe, "label_column", None),
+        }
+        return found | _evaluate_classes(model, tokenizer, data, seen, columns, context, batch_size)
+    if label_column is not None:
+        raise UserError(f"{run} holds a model for {task}: it has no labels, leave --label-column out.")
+    splits = find_texts(data, text_column or (recipe.text_column if recipe else None))
     part, text = next(reversed(splits.items()))
     if len(splits) == 1:
         part = "all"
@@ -258,11 +274,10 @@ def _evaluate_classes(
     tokenizer: Any,
     data: str,
     seen: LanguageRecipe | None,
-    recipe: LanguageRecipe | None,
+    columns: dict[str, str | None],
     context: int,
     batch_size: int,
 ) -> dict[str, Any]:
-    columns = {name: getattr(recipe, name, None) for name in ("text_column", "label_column")}
     if seen is not None:
         classes, _, texts = load_labelled_texts(data, holdout=seen.holdout, seed=seen.seed, **columns)
         part = "held out"
