@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from allmlp import training
 from allmlp.errors import UserError
@@ -65,7 +66,8 @@ def test_only_complete_checkpoints_are_resumed(tmp_path: Path) -> None:
     ):
         (tmp_path / f"checkpoint-{step}").mkdir()
         for name in files:
-            (tmp_path / f"checkpoint-{step}" / name).touch()
+            path = tmp_path / f"checkpoint-{step}" / name
+            path.write_bytes(b"{}" if path.suffix == ".json" else save({"weight": torch.zeros(1)}))
     assert prepare_output(tmp_path, VisionRecipe(), resume=True, overwrite=False) == tmp_path / "checkpoint-15"
     averaged = VisionRecipe(ema=0.9)
     assert prepare_output(tmp_path, averaged, resume=True, overwrite=False) == tmp_path / "checkpoint-10"

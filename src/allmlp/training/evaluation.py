@@ -239,10 +239,11 @@ def load_classifier(
     Raises:
         UserError: It is no run directory, or one of another task, or takes no images of that size.
     """
-    kind = run_directory.read_config(run)["model_type"]
+    config = run_directory.read_config(run)
+    kind = config["model_type"]
     if kind != run_directory.VISION:
         way = ""
-        if kind == run_directory.LANGUAGE and run_directory.task(run) == "text-classification":
+        if "GMLPForSequenceClassification" in (config.get("architectures") or ()):
             way = f" Of texts, transformers tells the classes: pipeline('text-classification', model={str(run)!r})."
         raise UserError(f"{run} holds a model of type '{kind}', not an image classifier.{way}")
     model = run_directory.load(run, img_size=img_size, patch_kernel=patch_kernel)
