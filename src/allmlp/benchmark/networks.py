@@ -1,5 +1,7 @@
 """allmlp's networks by name, for images and for text: how one is made, and what it is given."""
 
+from typing import Any
+
 import timm
 import torch
 from jaxtyping import Float, Int
@@ -35,8 +37,8 @@ def example(name: str, batch_size: int) -> Tensor:
     if is_language(name):
         config = GMLPConfig.named(name)
         return torch.randint(config.vocab_size, (batch_size, config.max_position_embeddings), generator=generator)
-    size = timm.get_pretrained_cfg(name, allow_unregistered=False).input_size  # type: ignore[union-attr]
-    return torch.randn(batch_size, *size, generator=generator)
+    cfg: Any = timm.get_pretrained_cfg(name)
+    return torch.randn(batch_size, *cfg.input_size, generator=generator)
 
 
 def is_language(name: str) -> bool:

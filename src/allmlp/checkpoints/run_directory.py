@@ -9,7 +9,7 @@ import dataclasses
 import os
 import shutil
 import tempfile
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -283,14 +283,18 @@ def create_model(architecture: str, model_args: Mapping[str, Any], **settings: A
         raise UserError(f"{architecture} cannot be made with these arguments: {error}") from error
 
 
-def require_architecture(name: str) -> None:
+def require_architecture(name: str, also: Iterable[str] = ()) -> None:
     """Does nothing where timm knows a model of this name.
+
+    Args:
+        name: What has been asked for.
+        also: Names to offer beside timm's.
 
     Raises:
         UserError: It does not; the nearest names are offered.
     """
     if not timm.is_model(name.split(".")[0]):
-        raise UserError(f"There is no model '{name}'.{nearest(name, timm.list_models())}")
+        raise UserError(f"There is no model '{name}'.{nearest(name, [*also, *timm.list_models()])}")
 
 
 def load_weights(model: TimmModel, state: Mapping[str, Tensor], where: str) -> None:

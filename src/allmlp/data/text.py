@@ -130,14 +130,8 @@ class TokenWindows(Dataset):
         # The last token has no next one.
         self.positions = len(tokens) - (masking is None)
         if self.positions < 1 or (seed is not None and self.positions < context):
-            raise UserError(
-                f"the text has {len(tokens):,} tokens, too few "
-                + (
-                    "to predict one"
-                    if seed is None
-                    else f"for windows of {context}: give more text, or a shorter --context"
-                )
-            )
+            what = "to predict one" if seed is None else f"for windows of {context}: give more, or a shorter --context"
+            raise UserError(f"the text has {len(tokens):,} tokens, too few {what}")
         self.epoch = self.offset = 0
         # the same windows and masks each time
         if masking is not None and seed is None and all((self[i]["labels"] == IGNORED).all() for i in range(len(self))):

@@ -26,8 +26,8 @@ from allmlp.language import GMLPForCausalLM
 from allmlp.training.evaluation import accuracy_of, recipe_of, same_data
 from allmlp.training.recipe import LanguageRecipe
 
-_log = logging.getLogger("allmlp")
-_LOGITS = 1 << 27
+_log = logging.getLogger(__name__)
+_LOGITS = 1 << 27  # 512 MiB in float32
 
 
 @torch.inference_mode()
@@ -139,15 +139,13 @@ def evaluate(
     context = min(recipe.context or 2**62 if recipe else 2**62, model.config.max_position_embeddings)
     seen = recipe if recipe and same_data(data, own) else None
     found: dict[str, Any] = {"run": str(run), "data": data, "task": task}
+    given = {"text_column": text_column, "label_column": label_column}
+    columns = {name: column or getattr(recipe, name, None) for name, column in given.items()}
     if task == "text-classification":
-        columns = {
-            "text_column": text_column or getattr(recipe, "text_column", None),
-            "label_column": label_column or getattr(recipe, "label_column", None),
-        }
         return found | _evaluate_classes(model, tokenizer, data, seen, columns, context, batch_size)
     if label_column is not None:
         raise UserError(f"{run} holds a model for {task}: it has no labels, leave --label-column out.")
-    splits = find_texts(data, text_column or (recipe.text_column if recipe else None))
+    splits = find_texts(data, columns["text_column"])
     part, text = next(reversed(splits.items()))
     if len(splits) == 1:
         part = "all"

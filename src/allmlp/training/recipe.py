@@ -217,24 +217,16 @@ def task_of(settings: Mapping[str, Any]) -> str:
 
 
 def _task_of_model(model: Any, start_from: Any) -> str:
-    if model is not None:
-        from allmlp.language.configuration import VARIANTS
+    from allmlp.checkpoints import run_directory
+    from allmlp.language.configuration import VARIANTS
 
-        if not isinstance(model, str):
-            return VisionRecipe.task
+    if isinstance(model, str):
         if model in VARIANTS:
             return CausalRecipe.task
-        import timm
-
         import allmlp.vision  # noqa: F401 registers the architectures
 
-        if not timm.is_model(model.split(".")[0]):
-            known = [*VARIANTS, *timm.list_models()]
-            raise UserError(f"There is no model {shown(model)}.{nearest(model, known)}")
-        return VisionRecipe.task
-    if isinstance(start_from, str) and Path(start_from).is_dir():
-        from allmlp.checkpoints import run_directory
-
+        run_directory.require_architecture(model, also=VARIANTS)
+    elif model is None and isinstance(start_from, str) and Path(start_from).is_dir():
         return run_directory.task(start_from)
     return VisionRecipe.task
 
