@@ -98,6 +98,10 @@ def test_info_shows_layers_at_another_size(capsys: pytest.CaptureFixture[str]) -
         (["train", "digits", "--output", "{tmp}/run", *TINY, "--lr", "fast"], "lr is 'fast'; it must be a number"),
         (["train", "digits", "--output", "{tmp}/run", "--recipe", "{tmp}/none.yaml"], "There is no recipe at"),
         (["train", "digits", "--output", "{tmp}/run", *TINY, "--img-size", "9"], "8×8 and 12×12"),
+        (["train", "python-stdlib", "--output", "{tmp}/run", "--model", "gmlp_nanoo"], "Did you mean 'gmlp_nano'"),
+        (["info", "mixer_nano_patch4_32.in1k"], "Invalid pretrained tag (in1k)"),
+        (["info", "gmlp_small_patch16_224", "--img-size", "99999999904"], "gmlp_small_patch16_224 cannot be made so"),
+        (["convert", "timm:mixer_b16_224", "--output", "{tmp}/run", "--set", "a=1"], "leave --source and --set out"),
         (["evaluate", "{tmp}", "digits"], "is no run directory: it has no config.json"),
         (["predict", "{tmp}/none", "a.png"], "There is no run directory"),
     ],
@@ -139,6 +143,8 @@ def test_train_evaluate_predict(tmp_path: Path, capsys: pytest.CaptureFixture[st
     larger = ["--img-size", "16x12", "--patch-kernel", "8x6"]
     assert main(["evaluate", run, data, *larger, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["accuracy"] == 1.0
+    assert main(["evaluate", run, data, "--stride", "9"]) == 1
+    assert "holds a model of images: leave --stride out" in capsys.readouterr().err
     assert main(["evaluate", run, data, "--img-size", "9"]) == 1
     assert "the nearest sizes are 8×8 and 12×12" in capsys.readouterr().err
 

@@ -38,6 +38,8 @@ def test_evaluate_answers_in_text_and_json(run, capsys) -> None:
     assert found["bits_per_byte"] > 0
     assert main(["evaluate", str(run), "--stride", "17"]) == 1
     assert "allmlp: the stride must be from 1 to the context of 16, got 17" in capsys.readouterr().err
+    assert main(["evaluate", str(run), "--img-size", "32", "--strict"]) == 1
+    assert "holds a model of text: leave --img-size and --strict out" in capsys.readouterr().err
 
 
 def test_generate_writes_behind_each_prompt(run, capsys) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from allmlp._version import __version__
 from allmlp.distributed import is_first_process
-from allmlp.errors import Diverged, Interrupted, TrainingError, UserError
+from allmlp.errors import Diverged, Interrupted, TrainingError, UserError, first_line
 from allmlp.training.recipe import RECIPES, Recipe, make_recipe, read_settings, task_of
 from allmlp.training.values import parse_yaml
 
@@ -122,8 +122,9 @@ def _info(options: argparse.Namespace) -> None:
     require_architecture(options.model)
     try:
         layers = layer_table(options.model, options.img_size)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{options.model} cannot be made so: {error}") from error
+    # name and size drive the constructors of any architecture
+    except Exception as error:
+        raise UserError(f"{options.model} cannot be made so: {first_line(error)}") from error
     totals = {"parameters": layers.parameters, "macs": layers.macs}
     _answer(options, {**dataclasses.asdict(layers), **totals}, lambda: str(layers))
 
@@ -226,8 +227,9 @@ def _add_evaluate(commands: Any) -> None:
         "--stride", type=int, metavar="N", help="tokens from one window of text to the next (default: the context)"
     )
     parser.add_argument(
-        "--text-column", metavar="NAME", help="column of the texts in a table (default: as in training)"
+        "--image-column", metavar="NAME", help="column of the images in a table (default: as in training)"
     )
+    parser.add_argument("--text-column", metavar="NAME", help="column of the texts in a table, likewise")
     parser.add_argument("--label-column", metavar="NAME", help="column of the classes in a table, likewise")
     parser.add_argument("--json", action="store_true", help="answer in JSON")
 
@@ -253,6 +255,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     if run_directory.read_config(options.run_directory)["model_type"] == run_directory.LANGUAGE:
         from allmlp.training import language_evaluation, language_report
 
+        _refuse(options, "text", ("img_size", "patch_kernel", "strict", "image_column"))
         measured = language_evaluation.evaluate(
             options.run_directory,
             options.data,
@@ -265,6 +268,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         return
     from allmlp.training import evaluation
 
+    _refuse(options, "images", ("stride", "text_column"))
     found = evaluation.evaluate(
         options.run_directory,
         options.data,
@@ -272,8 +276,16 @@ def _evaluate(options: argparse.Namespace) -> None:
         patch_kernel=options.patch_kernel,
         batch_size=options.batch_size,
         strict=options.strict,
+        image_column=options.image_column,
+        label_column=options.label_column,
     )
     _answer(options, found, lambda: evaluation.accuracy_text(found))
+
+
+def _refuse(options: argparse.Namespace, kind: str, names: Sequence[str]) -> None:
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name)]
+    if given:
+        raise UserError(f"{options.run_directory} holds a model of {kind}: leave {' and '.join(given)} out.")
 
 
 def _add_predict(commands: Any) -> None:

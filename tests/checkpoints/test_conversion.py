@@ -240,10 +240,20 @@ class TestRunDirectory:
     def test_names_have_to_fit(self, tmp_path) -> None:
         with pytest.raises(UserError, match="9 classes, but there are 2 names"):
             write_run_directory(parity.golden(GOLDEN / "timm_gmlp").convert(), tmp_path / "run", classes=["a", "b"])
+        with pytest.raises(UserError, match="One of the classes' names is blank"):
+            write_run_directory(
+                parity.golden(GOLDEN / "timm_gmlp").convert(), tmp_path / "run", classes=[*"abcdefgh", " "]
+            )
         language = parity.golden(GOLDEN / "lucidrains_causal_lm").convert()
         with pytest.raises(UserError, match="no classes to be named"):
             write_run_directory(language, tmp_path / "run", classes=["a"])
         assert not (tmp_path / "run").exists()
+
+    def test_names_may_stand_for_several_classes(self, tmp_path, caplog) -> None:
+        found = parity.golden(GOLDEN / "timm_gmlp").convert()
+        write_run_directory(found, tmp_path / "run", classes=["crane", *"bcdefgh", "crane"])
+        assert "more than one class is called crane" in caplog.text
+        assert allmlp.load(tmp_path / "run").pretrained_cfg["label_names"].count("crane") == 2
 
     def test_a_model_without_head_is_kept(self, tmp_path) -> None:
         weights = {n: t for n, t in originals.timm_gmlp().model.state_dict().items() if not n.startswith("head.")}

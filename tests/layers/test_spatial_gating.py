@@ -247,6 +247,8 @@ def test_tiny_attention_masks_take_the_place_of_causality() -> None:
     ("arguments", "options", "message"),
     [
         ((7, 4), {}, "channels must be even to be split in halves, got 7"),
+        ((12, 0), {}, "channels, tokens and heads must be positive, got 12, 0 and 1"),
+        ((12, 4), {"heads": 0}, "channels, tokens and heads must be positive, got 12, 4 and 0"),
         ((12, 4), {"heads": 4}, "heads must divide the gate's 6 channels, got 4"),
         ((12, 4), {"attention_size": 4}, "attention_channels .* is needed with attention_size"),
     ],

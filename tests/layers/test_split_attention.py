@@ -60,3 +60,10 @@ def test_does_not_depend_on_the_resolution() -> None:
 def test_unknown_layout_is_refused() -> None:
     with pytest.raises(ValueError, match="layout must be channel_major or branch_major, got 'rows'"):
         SplitAttention(8, layout="rows")
+
+
+def test_other_numbers_of_branches_are_refused() -> None:
+    with pytest.raises(ValueError, match="needs at least 4 channels and one branch, got 3 and 3"):
+        SplitAttention(3, 3)
+    with pytest.raises(ValueError, match="made for 3 branches, got 2"):
+        SplitAttention(8, 3)([torch.randn(1, 2, 2, 8)] * 2)

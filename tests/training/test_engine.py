@@ -12,6 +12,8 @@ from allmlp.training import engine
 from allmlp.training.engine import chosen_precision, prepare_output, training_arguments
 from allmlp.training.recipe import VisionRecipe, read_settings
 
+NO_MODEL = torch.nn.Identity()
+
 
 def test_the_recipe_reaches_the_trainer(tmp_path: Path) -> None:
     recipe = VisionRecipe(
@@ -50,8 +52,10 @@ def test_a_run_directory_in_use_is_not_touched_without_being_asked(tmp_path: Pat
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"holds a run already.*--resume.*--overwrite"):
         training.train(VisionRecipe(data="no/such/data"), tmp_path)
+    with pytest.raises(UserError, match="holds the data: choose another --output"):
+        training.train(VisionRecipe(data=str(tmp_path)), tmp_path, overwrite=True)
     assert (tmp_path / "config.json").read_text() == "{}"
-    assert prepare_output(tmp_path, VisionRecipe(lr=0.5), resume=False, overwrite=True) is None
+    assert prepare_output(tmp_path, VisionRecipe(lr=0.5), NO_MODEL, resume=False, overwrite=True) is None
     assert not (tmp_path / "config.json").exists()
     assert (tmp_path / "notes.txt").read_text() == "mine"
     assert read_settings(tmp_path / "recipe.yaml")["lr"] == 0.5
@@ -68,7 +72,10 @@ def test_only_complete_checkpoints_are_resumed(tmp_path: Path) -> None:
         for name in files:
             path = tmp_path / f"checkpoint-{step}" / name
             path.write_bytes(b"{}" if path.suffix == ".json" else save({"weight": torch.zeros(1)}))
-    assert prepare_output(tmp_path, VisionRecipe(), resume=True, overwrite=False) == tmp_path / "checkpoint-15"
-    averaged = VisionRecipe(ema=0.9)
-    assert prepare_output(tmp_path, averaged, resume=True, overwrite=False) == tmp_path / "checkpoint-10"
-    assert prepare_output(tmp_path / "new", averaged, resume=True, overwrite=False) is None
+
+    def resumed(output: Path, recipe: VisionRecipe) -> Path | None:
+        return prepare_output(output, recipe, NO_MODEL, resume=True, overwrite=False)
+
+    assert resumed(tmp_path, VisionRecipe()) == tmp_path / "checkpoint-15"
+    assert resumed(tmp_path, VisionRecipe(ema=0.9)) == tmp_path / "checkpoint-10"
+    assert resumed(tmp_path / "new", VisionRecipe()) is None

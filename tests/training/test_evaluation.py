@@ -87,6 +87,8 @@ def test_predictions_name_the_likeliest_classes(run: Path, tmp_path: Path) -> No
     for name in ("red", "blue"):
         picture(name, seed=99, size=(40, 40)).save(tmp_path / f"{name}.png")
     (tmp_path / "text.jpg").write_text("no image")
+    (tmp_path / "._red.png").write_text("what macOS adds")
+    (tmp_path / "folder.png").mkdir()
     found = predict(str(run), [str(tmp_path)], top_k=2)
     assert [Path(entry["file"]).name for entry in found] == ["blue.png", "red.png", "text.jpg"]
     for entry, name in zip(found[:2], ("blue", "red"), strict=True):

@@ -120,6 +120,9 @@ def test_generate_refuses_in_a_sentence(written) -> None:
         (["l€"], {}, "does not know '€' in the prompt 'l€'"),
         (["the quick brown fox"], {}, "the prompt has 19 tokens and leaves no room in the model's context of 16"),
         (["line"], {"temperature": -1.0}, "temperature and top_k must be at least 0"),
+        (["line"], {"temperature": 1e-9}, "temperature"),
+        (["line"], {"seed": -1}, "seed"),
+        (["\ud800"], {}, "prompt"),
     ):
         with pytest.raises(UserError, match=message):
             generate(run, prompts, **settings)
@@ -195,6 +198,9 @@ def test_a_stopped_training_goes_on_where_it_was(tmp_path, monkeypatch) -> None:
         patched.setattr(Interruption, "on_step_end", stop_at_ten)
         with pytest.raises(Interrupted, match=r"Stopped after step 10 of 20"):
             training.train(settings, tmp_path / "parts")
+    deeper = recipe(tmp_path, max_steps=20, model_args={**SETTINGS["model_args"], "num_hidden_layers": 3})
+    with pytest.raises(UserError, match=r"weights of .*checkpoint-10 do not match the model.\n.*missing"):
+        training.train(deeper, tmp_path / "parts", resume=True)
     rest = training.train(settings, tmp_path / "parts", resume=True)
     assert rest["nats_per_token"] == whole["nats_per_token"]
 
@@ -219,6 +225,7 @@ def test_what_cannot_be_trained_is_refused(written, tmp_path) -> None:
         ({"model_args": {"num_spatial_heads": 5}}, "num_spatial_heads must divide the gate's 256 channels, got 5"),
         ({"model_args": {"hiden_size": 64}}, r"model_args sets 'hiden_size', .* Did you mean 'hidden_size'"),
         ({"model_args": {"hidden_size": "wide"}}, "The model cannot be made so: .*hidden_size"),
+        ({"model_args": {"vocab_size": 100}}, "a vocabulary of 100, the tokenizer 258 tokens: leave vocab_size away"),
         ({"context": 100_000}, "the text has .* tokens, too few for windows of 100000"),
         ({"model": None, "start_from": run, "train_tokenizer": 300, "model_args": {}}, "a tokenizer trained anew"),
         ({"model": None, "start_from": run, "tokenizer": "bytes", "model_args": {}}, "bytes has 256 tokens, the model"),

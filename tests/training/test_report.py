@@ -104,6 +104,8 @@ def test_mixer_shows_its_strongest_hidden_units() -> None:
 def test_images_that_are_not_square_keep_their_grid() -> None:
     figure = report.draw_spatial_weights(_model("gmlp_nano_patch4_32", num_blocks=1, img_size=(16, 32)))
     assert np.asarray(figure.axes[0].images[0].get_array()).shape == (4, 8)
+    figure = report.draw_spatial_weights(_model("gmlp_nano_patch4_32", num_blocks=1, patch_size=(8, 4)))
+    assert np.asarray(figure.axes[0].images[0].get_array()).shape == (4, 8)
 
 
 def test_models_that_mix_no_positions_have_no_such_picture() -> None:

@@ -1,8 +1,10 @@
 """Training image classifiers, from the recipe to the run directory."""
 
+import dataclasses
 import json
 import logging
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -121,6 +123,35 @@ def test_an_interrupted_training_resumes_exactly(
     )
 
 
+def test_a_finished_run_that_is_resumed_stays_as_it_is(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    run = shutil.copytree(finished[0], tmp_path / "run")
+    settings = {**read_settings(run / "recipe.yaml")}
+    del settings["task"]
+    again = vision.train(make_recipe(settings, VisionRecipe), run, resume=True)
+    for name in ("training_seconds", "images_per_second", "accuracy", "steps", "history"):
+        assert again[name] == finished[1][name], name
+
+
+@pytest.mark.parametrize("change", ["model", "arguments", "classes"])
+def test_another_model_is_not_resumed_and_the_run_stays(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path, change: str
+) -> None:
+    run = shutil.copytree(finished[0], tmp_path / "run")
+    recipe = tiny_recipe(tmp_path, epochs=6)
+    message = "weights of .*checkpoint-.* do not match the model"
+    if change == "model":
+        recipe = dataclasses.replace(recipe, model="mixer_nano_patch4_32", model_args={})
+    elif change == "arguments":
+        recipe = dataclasses.replace(recipe, model_args={**recipe.model_args, "num_blocks": 3})
+    else:
+        (tmp_path / "pictures" / "red").rename(tmp_path / "pictures" / "crimson")
+        message = "classes of .*checkpoint-.* are blue, green, red; those of the data are blue, crimson, green"
+    before = (run / "recipe.yaml").read_bytes()
+    with pytest.raises(UserError, match=rf"{message}(?s:.*)or choose another --output"):
+        vision.train(recipe, run, resume=True)
+    assert (run / "recipe.yaml").read_bytes() == before
+
+
 def _course(metrics: dict[str, Any]) -> list[tuple[Any, ...]]:
     return [(entry["step"], entry.get("loss"), entry.get("eval_loss")) for entry in metrics["history"]]
 
@@ -199,6 +230,10 @@ def test_weights_that_do_not_match_are_listed(finished: tuple[Path, dict[str, An
         ({"model_args": {"depht": 2}}, "cannot be made with these arguments: .*depht"),
         ({"start_from": "no/such/run"}, "There is no run directory no/such/run"),
         ({"model_args": {"in_chans": 2}}, "takes 2 channels"),
+        ({"model_args": {"global_pool": ""}}, "gives maps, not classes"),
+        ({"model_args": {"drop_path_rate": 0.1}}, "model_args sets drop_path_rate: that is what --drop-path is for"),
+        ({"model_args": {"num_blocks": 0}}, "num_blocks must be a whole number from 1 on, got 0"),
+        ({"model": "resmlp_12_224", "model_args": {"num_blocks": 2}}, "num_blocks is what its name stands for"),
     ],
 )
 def test_what_cannot_be_trained_is_said_clearly(tmp_path: Path, settings: dict[str, Any], message: str) -> None:

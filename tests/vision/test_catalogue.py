@@ -2,6 +2,8 @@
 
 import pytest
 import timm
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from allmlp.vision.catalogue import ModelCard, layer_table, list_models
 from tests.vision import models_page
@@ -77,7 +79,21 @@ def test_layer_table_of_the_one_layer_gmlp():
     assert "915,688" in str(table).splitlines()[-1]
 
 
+@pytest.mark.parametrize("name", ["volo_d1_224", "coat_lite_mini", "crossvit_9_240"])
+def test_all_work_of_a_model_is_counted_once(name: str):
+    """Blocks in lists that are not called, layers called from several places, outputs that are lists."""
+    table = layer_table(name)
+    with torch.device("meta"):
+        model = timm.create_model(name).eval()
+        counter = FlopCounterMode(display=False)
+        with counter:
+            model(torch.empty(1, *table.input))
+    assert table.macs == counter.get_total_flops() // 2
+    assert min(row.macs for row in table.rows) >= 0
+
+
 def test_layer_table_at_another_size():
+    assert layer_table("vit_tiny_patch16_224", 256).input == (3, 256, 256)
     assert layer_table("gmlp_small_patch16_224", 256).input == (3, 256, 256)
     assert layer_table("asmlp_tiny_patch4_224", (160, 224)).input == (3, 160, 224)
 

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import timm
 import torch
@@ -132,6 +133,30 @@ def test_checkpoint_of_another_head_and_other_channels_loads(name, tmp_path) -> 
 def test_size_that_no_patch_grid_fits_is_refused(name) -> None:
     with pytest.raises(ValueError, match=r"30×30 pixels .* patches of 4×4.*nearest sizes are 28×28 and 32×32"):
         timm.create_model(name, img_size=30)
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "value", "allowed"),
+    [
+        ("gmlp_nano_patch4_32", "num_blocks", 0, "a whole number from 1 on"),
+        ("gmlp_nano_patch4_32", "embed_dim", "wide", "a whole number from 1 on"),
+        ("gmlp_nano_patch4_32", "attention_size", -1, "a whole number from 0 on"),
+        ("s2mlp_nano_patch4_32", "patch_size", 0, r"a number of pixels from 1 on, or \(height, width\)"),
+        ("s2mlp_nano_patch4_32", "img_size", [32, 32, 3], r"a number of pixels from 1 on, or \(height, width\)"),
+        ("asmlp_nano_patch2_32", "depths", 2, "whole numbers"),
+        ("vip_nano_patch4_32", "norm_eps", "1e-5", "a number from 0 on"),
+        ("mixer_nano_patch4_32", "drop_path_rate", 1.5, "a number from 0 to 1"),
+        ("resmlp_nano_patch4_32", "mlp_ratio", float("nan"), "a number from 0 on"),
+    ],
+)
+def test_what_no_model_can_be_made_of_is_refused(name, argument, value, allowed) -> None:
+    with pytest.raises(ValueError, match=f"{argument} must be {allowed}.*, got "):
+        timm.create_model(name, **{argument: value})
+
+
+def test_sizes_may_be_numbers_of_numpy() -> None:
+    model = timm.create_model("gmlp_nano_patch4_32", img_size=np.int64(16), patch_size=[np.int32(8), 4])
+    assert model.stem.grid_size == (2, 4)
 
 
 def test_weights_that_do_not_exist_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,7 +206,7 @@ def write_run_directory(
         overwrite: Replace a run that lies there.
 
     Raises:
-        UserError: There is a run already, or the names do not fit the model.
+        UserError: There is a run already, or the names do not fit the model, or one is blank.
     """
     directory, model, architecture = Path(directory), conversion.model, conversion.architecture
     if (directory / run_directory.CONFIG).exists() and not overwrite:
@@ -219,6 +220,12 @@ def write_run_directory(
     names = classes or conversion.classes or [str(index) for index in range(architecture.num_classes)]
     if len(names) != architecture.num_classes:
         raise UserError(f"The model has {architecture.num_classes} classes, but there are {len(names)} names.")
+    if not all(map(str.strip, names)):
+        raise UserError("One of the classes' names is blank.")
+    # as in ImageNet, where cranes lift and fly
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        _log.warning("more than one class is called %s", ", ".join(repeated[:8]))
     run_directory.clear(directory)
     wrapped = run_directory.classifier(model, architecture.name, architecture.model_args, names)
     run_directory.save_classifier(wrapped, directory)

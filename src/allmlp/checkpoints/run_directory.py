@@ -7,6 +7,7 @@ tokenizer.
 
 import dataclasses
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Container, Iterable, Mapping, Sequence
@@ -280,7 +281,11 @@ def create_model(architecture: str, model_args: Mapping[str, Any], **settings: A
         return timm.create_model(architecture, **settings, **model_args)
     # the arguments drive the constructors of any architecture
     except Exception as error:
-        raise UserError(f"{architecture} cannot be made with these arguments: {error}") from error
+        reason = str(error)
+        twice = re.search(r"multiple values for keyword argument '(\w+)'", reason)
+        if twice:
+            reason = f"{twice[1]} is what its name stands for"
+        raise UserError(f"{architecture} cannot be made with these arguments: {reason}") from error
 
 
 def require_architecture(name: str, also: Iterable[str] = ()) -> None:
@@ -328,6 +333,28 @@ def check_shapes(
     found = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in problems.items() if names]
     if found:
         raise UserError(f"The weights of {where} do not match the model.\n  " + "\n  ".join(found))
+
+
+def require_same_model(checkpoint: Path, model: Any) -> None:
+    """Does nothing where a training of this model can go on from a checkpoint.
+
+    Args:
+        checkpoint: A checkpoint of a run.
+        model: A transformers model, `classifier`'s for images.
+
+    Raises:
+        UserError: The weights are of other shapes, or the classes others.
+    """
+    if (checkpoint / WEIGHTS).is_file():
+        shared = getattr(model, "all_tied_weights_keys", None) or ()
+        check_shapes(getattr(model, "timm_model", model), _shapes(checkpoint / WEIGHTS), str(checkpoint), shared)
+        former, now = (_class_names(config) for config in (read_config(checkpoint), model.config.to_dict()))
+        if former and former != now:
+            raise UserError(f"The classes of {checkpoint} are {_listed(former)}; those of the data are {_listed(now)}.")
+
+
+def _class_names(config: Mapping[str, Any]) -> list[str]:
+    return list(config.get("label_names") or (config.get("id2label") or {}).values())
 
 
 def remove_unfinished(directory: str | Path) -> None:

@@ -216,6 +216,8 @@ def _check_not_too_small(img_size: Sequence[int], stride: Sequence[int]) -> None
 
 
 def _check_kernel(kernel_size: Sequence[int], patch_size: Sequence[int]) -> None:
+    if min(patch_size) < 1:
+        raise ValueError(f"the patch size must be positive, got {_size(patch_size)}")
     if any(kernel < patch for kernel, patch in zip(kernel_size, patch_size, strict=True)):
         raise ValueError(
             f"a kernel of {_size(kernel_size)} pixels leaves pixels unseen between patches of {_size(patch_size)}; "
@@ -225,7 +227,7 @@ def _check_kernel(kernel_size: Sequence[int], patch_size: Sequence[int]) -> None
 
 def pair(size: int | tuple[int, int]) -> tuple[int, int]:
     """(height, width) of a size given as one number or as both."""
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
+    return (size[0], size[1]) if isinstance(size, Sequence) else (size, size)
 
 
 def _size(size: Sequence[int]) -> str:

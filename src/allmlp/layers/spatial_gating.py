@@ -117,7 +117,7 @@ class SpatialGatingUnit(GridBound):
         norm_eps: the layer norm's epsilon.
 
     Raises:
-        ValueError: if `channels` cannot be split, or `heads` does not divide the gate's channels.
+        ValueError: if `channels` cannot be split, `heads` does not divide the gate's channels, or a size is below one.
     """
 
     def __init__(
@@ -135,6 +135,8 @@ class SpatialGatingUnit(GridBound):
         norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
+        if min(channels, tokens, heads) < 1:
+            raise ValueError(f"channels, tokens and heads must be positive, got {channels}, {tokens} and {heads}")
         if split and channels % 2:
             raise ValueError(f"channels must be even to be split in halves, got {channels}")
         gate_channels = channels // 2 if split else channels

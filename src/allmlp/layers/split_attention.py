@@ -22,6 +22,9 @@ class SplitAttention(nn.Module):
         bias: give both linear maps a bias (ViP does, S²-MLPv2 does not).
         layout: how the `branches · channels` outputs of `W2` are ordered: all branches of a channel together
             (`"channel_major"`, ViP's checkpoints) or all channels of a branch (`"branch_major"`, S²-MLPv2).
+
+    Raises:
+        ValueError: for fewer than four channels, which leave no hidden one; for inputs of another number of branches.
     """
 
     def __init__(
@@ -35,6 +38,8 @@ class SplitAttention(nn.Module):
         super().__init__()
         if layout not in ("channel_major", "branch_major"):
             raise ValueError(f"layout must be channel_major or branch_major, got {layout!r}")
+        if channels < 4 or branches < 1:
+            raise ValueError(f"needs at least 4 channels and one branch, got {channels} and {branches}")
         self.branches = branches
         self.layout = layout
         self.fc1 = nn.Linear(channels, channels // 4, bias=bias)
@@ -45,6 +50,8 @@ class SplitAttention(nn.Module):
         self, branches: Sequence[Float[Tensor, "batch height width channels"]]
     ) -> Float[Tensor, "batch branches channels"]:
         """What the softmax across branches is taken of."""
+        if len(branches) != self.branches:
+            raise ValueError(f"made for {self.branches} branches, got {len(branches)}")
         logits = self.fc2(self.act(self.fc1(pool_branches(branches))))
         if self.layout == "channel_major":
             return logits.unflatten(1, (-1, self.branches)).transpose(1, 2)

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import ExportableState
 
 from allmlp.distributed import is_first_process, largest_anywhere
 from allmlp.errors import first_line
@@ -29,8 +30,10 @@ _log = logging.getLogger(__name__)
 EMA_WEIGHTS = "ema.safetensors"
 
 
-class Progress(TrainerCallback):
+class Progress(TrainerCallback, ExportableState):
     """A bar where somebody watches, and one line per evaluation everywhere.
+
+    How long the training has taken is saved with its checkpoints, for one that goes on.
 
     Args:
         unit: What is counted, such as `images`.
@@ -56,7 +59,13 @@ class Progress(TrainerCallback):
             self.seconds += time.perf_counter() - self.since
             self.since = None
 
+    def state(self) -> dict[str, Any]:
+        self.pause()
+        return {"args": {}, "attributes": {"seconds": self.seconds, "steps": self.steps}}
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        former = state.stateful_callbacks.setdefault(type(self).__name__, self.state())["attributes"]
+        self.seconds, self.steps = former["seconds"], former["steps"]
         if state.is_world_process_zero:
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit=" steps", leave=False, disable=None)
 

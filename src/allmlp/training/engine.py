@@ -337,12 +337,14 @@ def chosen_precision(wanted: str) -> str:
     return "bf16" if capabilities.get("amx_bf16") and not torch.accelerator.is_available() else "fp32"
 
 
-def refuse_former_run(output: Path, *, resume: bool, overwrite: bool) -> None:
+def refuse_output(output: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
     """Does nothing where a training may write its run directory; to be asked before data are read for minutes.
 
     Raises:
-        UserError: It holds a run, which is neither to be gone on with nor to be replaced.
+        UserError: It is the folder of the data, or holds a run, which is neither to be gone on with nor to be replaced.
     """
+    if output.is_dir() and recipe.data and output.resolve() == Path(recipe.data).expanduser().resolve():
+        raise UserError(f"{output} holds the data: choose another --output.")
     former = [*checkpoints_in(output), *output.glob(run_directory.CONFIG)]
     if former and not (resume or is_restarted() or overwrite):
         raise UserError(
@@ -351,17 +353,21 @@ def refuse_former_run(output: Path, *, resume: bool, overwrite: bool) -> None:
         )
 
 
-def prepare_output(output: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> Path | None:
+def prepare_output(output: Path, recipe: Recipe, model: Any, *, resume: bool, overwrite: bool) -> Path | None:
     """Makes the run directory ready and writes the recipe into it.
 
     Args:
         output: The run directory.
         recipe: What is going to run.
+        model: The transformers model that is going to be trained.
         resume: Go on from the last complete checkpoint in it.
         overwrite: Remove a former run in it.
 
     Returns:
         The checkpoint to go on from, if any: processes that torchrun has started anew always go on.
+
+    Raises:
+        UserError: The checkpoint is damaged, or is one of another model; the run directory stays as it is.
     """
     resume = resume or is_restarted()
     checkpoint = None
@@ -372,6 +378,12 @@ def prepare_output(output: Path, recipe: Recipe, *, resume: bool, overwrite: boo
         )
         if checkpoint:
             require_readable(checkpoint)
+            try:
+                run_directory.require_same_model(checkpoint, model)
+            except UserError as error:
+                raise UserError(
+                    f"{error}\nGo on with the model and the data of the run, or choose another --output."
+                ) from error
     if is_first_process():
         run_directory.remove_unfinished(output)
         if overwrite and not resume:

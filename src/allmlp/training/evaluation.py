@@ -109,6 +109,8 @@ def evaluate(
     batch_size: int = 256,
     strict: bool = False,
     workers: int = 0,
+    image_column: str | None = None,
+    label_column: str | None = None,
 ) -> dict[str, Any]:
     """A run's accuracy on labelled images.
 
@@ -123,6 +125,8 @@ def evaluate(
         batch_size: Images per forward pass.
         strict: Raise at an image that cannot be read.
         workers: Processes that prepare images.
+        image_column: Column of the images in a table, as in training by default.
+        label_column: Column of the classes in a table, likewise.
 
     Returns:
         What `accuracy_of` gives, with `run`, `data` and the `part` of the data that counts.
@@ -136,7 +140,8 @@ def evaluate(
     data = data or (recipe.data if recipe else None)
     if data is None:
         raise UserError(f"{run} does not say what it was trained on; name the data to evaluate on.")
-    columns = {"image_column": recipe.image_column, "label_column": recipe.label_column} if recipe else {}
+    given = {"image_column": image_column, "label_column": label_column}
+    columns = {name: column or getattr(recipe, name, None) for name, column in given.items()}
     channels = cfg["input_size"][0]
     if recipe and same_data(data, recipe.data):
         seen = load_images(
@@ -286,7 +291,7 @@ def _files(files: Sequence[str]) -> list[Path]:
     for file in files:
         path = Path(file)
         if path.is_dir():
-            inside = sorted(child for child in path.rglob("*") if child.suffix.lower() in SUFFIXES)
+            inside = sorted(child for child in path.rglob("*") if _is_image(child))
             if not inside:
                 raise UserError(f"{file} holds no image.")
             paths += inside
@@ -295,6 +300,11 @@ def _files(files: Sequence[str]) -> list[Path]:
         else:
             raise UserError(f"There is no file {file}.")
     return paths
+
+
+def _is_image(path: Path) -> bool:
+    # hidden files, such as macOS adds, are none
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
 def same_data(first: str, second: str | None) -> bool:

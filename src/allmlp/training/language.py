@@ -26,7 +26,7 @@ from allmlp.language import GMLPConfig, GMLPForCausalLM, GMLPForMaskedLM, GMLPFo
 from allmlp.machine import surroundings
 from allmlp.training import language_report
 from allmlp.training.callbacks import TensorBoard
-from allmlp.training.engine import Engine, chosen_precision, prepare_output, refuse_former_run
+from allmlp.training.engine import Engine, chosen_precision, prepare_output, refuse_output
 from allmlp.training.evaluation import accuracy_of
 from allmlp.training.language_evaluation import classify, model_tokenizer, text_loss, text_measures
 from allmlp.training.recipe import CausalRecipe, LanguageRecipe, MaskedRecipe, TextClassificationRecipe
@@ -79,7 +79,7 @@ def train(
     output = Path(output)
     if recipe.data is None:
         raise UserError("Nothing to train on: name the data.")
-    refuse_former_run(output, resume=resume, overwrite=overwrite)
+    refuse_output(output, recipe, resume=resume, overwrite=overwrite)
     set_seed(recipe.seed)
     start = _start(recipe)
     tokenizer = _given_tokenizer(recipe, start)
@@ -129,7 +129,7 @@ def _train_language_model(
     training = _training_windows(recipe, data, context, masking)
     held_out = TokenWindows(data.validation, context, masking=masking)
     model = build_model(recipe, config, start)
-    resume_from = prepare_output(output, recipe, resume=resume, overwrite=overwrite)
+    resume_from = prepare_output(output, recipe, model, resume=resume, overwrite=overwrite)
     _log.info(
         "%s, %s parameters, %d tokens at once: %s %s to learn from, %s tokens held out, vocabulary of %d, %s",
         type(model).__name__,
@@ -196,7 +196,7 @@ def _train_classifier(
     context = recipe.context or config.max_position_embeddings
     training = TextBatches(train_texts, tokenizer, context)
     held_out = TextBatches(held_out_texts, tokenizer, context)
-    resume_from = prepare_output(output, recipe, resume=resume, overwrite=overwrite)
+    resume_from = prepare_output(output, recipe, model, resume=resume, overwrite=overwrite)
     _log.info(
         "%s parameters: %s texts to learn from, %s held out, %d classes, %s",
         f"{model.num_parameters():,}",

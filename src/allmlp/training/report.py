@@ -238,17 +238,15 @@ def write_samples(directory: Path, images: LabelledImages, classes: Sequence[str
 def _spatial_matrices(model: TimmModel) -> list[tuple[int, np.ndarray, tuple[int, int], bool]]:
     """(block, matrix [rows, patches], patch grid, whether its rows are positions) for each layer that has one."""
     found = []
-    height, width = model.pretrained_cfg["input_size"][-2:]
+    grid = getattr(getattr(model, "stem", None), "grid_size", None) or (0, 0)
     for name, parameter in model.named_parameters():
         match = SPATIAL_WEIGHTS.fullmatch(name)
         if match is None:
             continue
         matrix = parameter.detach().float().cpu().numpy()
         matrix = matrix[0] if matrix.ndim == 3 else matrix
-        rows = round(math.sqrt(matrix.shape[1] * height / width))
-        if rows == 0 or matrix.shape[1] % rows:
-            continue
-        found.append((int(match[1]), matrix, (rows, matrix.shape[1] // rows), match[2] != "mlp_tokens.fc1.weight"))
+        if matrix.shape[1] == math.prod(grid):
+            found.append((int(match[1]), matrix, grid, match[2] != "mlp_tokens.fc1.weight"))
     return found
 
 

@@ -31,13 +31,16 @@ from allmlp.errors import UserError, shown
 from allmlp.machine import cores, surroundings
 from allmlp.training import report
 from allmlp.training.callbacks import TensorBoard
-from allmlp.training.engine import Engine, chosen_precision, prepare_output, refuse_former_run
+from allmlp.training.engine import Engine, chosen_precision, prepare_output, refuse_output
 from allmlp.training.evaluation import accuracy_of, evaluation_batches, logits_of
 from allmlp.training.recipe import VisionRecipe
 from allmlp.vision.base import VisionMLP
 from allmlp.vision.resolution import resample_state_dict
 
 _log = logging.getLogger(__name__)
+
+# arguments of timm's that the recipe has settings of its own for
+_SET_BY = {"drop_rate": "--drop", "drop_path_rate": "--drop-path"}
 
 
 class VisionEngine(Engine):
@@ -99,7 +102,7 @@ def train(recipe: VisionRecipe, output: str | Path, *, resume: bool = False, ove
     output = Path(output)
     if recipe.data is None:
         raise UserError("Nothing to train on: name the data.")
-    refuse_former_run(output, resume=resume, overwrite=overwrite)
+    refuse_output(output, recipe, resume=resume, overwrite=overwrite)
     set_seed(recipe.seed)
     start = find_pretrained(recipe.start_from) if recipe.start_from else None
     architecture, model_args, channels = planned_model(recipe, start)
@@ -114,12 +117,12 @@ def train(recipe: VisionRecipe, output: str | Path, *, resume: bool = False, ove
         streaming=recipe.streaming,
     )
     model = build_model(recipe, architecture, model_args, data.classes, start)
-    resume_from = prepare_output(output, recipe, resume=resume, overwrite=overwrite)
+    wrapped = run_directory.classifier(model, architecture, model_args, data.classes)
+    resume_from = prepare_output(output, recipe, wrapped, resume=resume, overwrite=overwrite)
     cfg = model.pretrained_cfg
     training = training_batches(recipe, data, cfg)
     held_out = evaluation_batches(data.validation, cfg)
     workers = useful_workers(data) if recipe.workers is None else recipe.workers
-    wrapped = run_directory.classifier(model, architecture, model_args, data.classes)
     _log.info(
         "%s, %s parameters, %s: %s images to train on, %s held out, %d classes, %s",
         architecture,
@@ -182,10 +185,16 @@ def planned_model(recipe: VisionRecipe, start: Pretrained | None = None) -> tupl
     if architecture is None:
         raise UserError("Nothing to train: name a model, or a run directory to start from.")
     arguments = dict(recipe.model_args)
+    for name, flag in _SET_BY.items():
+        if name in arguments:
+            raise UserError(f"model_args sets {name}: that is what {flag} is for.")
     if recipe.img_size is not None:
         arguments["img_size"] = recipe.img_size
     if found and architecture == found.name:
-        arguments = {**found.model_args, **arguments}
+        kept = {name: value for name, value in found.model_args.items() if name not in _SET_BY}
+        arguments = {**kept, **arguments}
+    if arguments.get("global_pool") == "":
+        raise UserError("Without pooling (global_pool '') a model gives maps, not classes.")
     if arguments.get("features_only") or (found and found.model_args.get("features_only")):
         raise UserError(f"{recipe.start_from or architecture} is a backbone here: it gives features, not classes.")
     channels = arguments.get("in_chans", 3)

@@ -25,7 +25,6 @@ class ASMLPBlock(nn.Module):
         channels: width of the block.
         shift_size: number of offsets of the axial shift.
         mlp_ratio: hidden width of the channel MLP over `channels`.
-        norm_eps: epsilon of the block's norms.
         drop: dropout rate of the axial shift's output and inside the channel MLP.
         drop_path: stochastic depth rate.
     """

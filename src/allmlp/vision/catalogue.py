@@ -2,6 +2,7 @@
 
 import fnmatch
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -82,7 +83,7 @@ class LayerRow:
     Attributes:
         name: its path in the model.
         type: its class.
-        output: shape of its output for one image.
+        output: shape of its output for one image; of several the first one's.
         parameters: numbers it owns itself, its children's left out.
         macs: multiply-adds it does itself, its children's left out.
     """
@@ -141,37 +142,54 @@ def layer_table(name: str, img_size: int | tuple[int, int] | None = None, **argu
     """
     import timm
     import torch
+    from timm.layers import to_2tuple
 
     if img_size is not None:
         arguments["img_size"] = img_size
     with torch.device("meta"):
         model = timm.create_model(name, **arguments).eval()
         cfg: dict[str, Any] = vars(model)["pretrained_cfg"]
-        chans, height, width = cfg["input_size"]
+        chans, *size = cfg["input_size"]
+        # not every model keeps the size it is made for
+        height, width = size if img_size is None else to_2tuple(img_size)
         image = torch.empty(1, arguments.get("in_chans", chans), height, width)
         rows = tuple(_layer_rows(model, image))
     return LayerTable(model=name, input=tuple(image.shape[1:]), rows=rows)
 
 
 def _layer_rows(model: Any, image: Any) -> Iterator[LayerRow]:
+    import torch
+    from torch.utils._pytree import tree_leaves
     from torch.utils.flop_counter import FlopCounterMode
 
     shapes: dict[str, tuple[int, ...]] = {}
-    for name, module in model.named_modules():
-        module.register_forward_hook(
-            lambda _module, _inputs, output, name=name: shapes.__setitem__(name, tuple(output.shape[1:]))
-        )
+    flops: Counter[str] = Counter()
+    running: list[str] = []
     counter = FlopCounterMode(display=False)
+
+    def count() -> None:
+        """What has been counted since the last time was done by the innermost module that runs."""
+        if running:
+            flops[running[-1]] += counter.get_total_flops() - flops.total()
+
+    def enter(name: str) -> None:
+        count()
+        running.append(name)
+
+    def leave(name: str, output: Any) -> None:
+        count()
+        running.pop()
+        tensors = (leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor))
+        shapes[name] = next((tuple(tensor.shape[1:]) for tensor in tensors), ())
+
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        module.register_forward_pre_hook(lambda _module, _inputs, name=name: enter(name))
+        module.register_forward_hook(lambda _module, _inputs, output, name=name: leave(name, output))
     with counter:
         model(image)
-    # The counter takes a multiply-add for two operations, and names a module by its path behind the root's class.
-    root = type(model).__name__
-    macs = {path.removeprefix(root).lstrip("."): sum(n.values()) // 2 for path, n in counter.get_flop_counts().items()}
-    modules = dict(model.named_modules())
     for name, shape in shapes.items():
-        module = modules[name]
-        parameters = sum(parameter.numel() for parameter in module.parameters(recurse=False))
-        children = (f"{name}.{child}" if name else child for child, _ in module.named_children())
-        own = macs.get(name, 0) - sum(macs.get(child, 0) for child in children)
-        if parameters or own:
-            yield LayerRow(name=name, type=type(module).__name__, output=shape, parameters=parameters, macs=own)
+        parameters = sum(parameter.numel() for parameter in modules[name].parameters(recurse=False))
+        macs = flops[name] // 2  # the counter takes a multiply-add for two operations
+        if parameters or macs:
+            yield LayerRow(name=name, type=type(modules[name]).__name__, output=shape, parameters=parameters, macs=macs)

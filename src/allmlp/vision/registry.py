@@ -1,13 +1,16 @@
 """Registration of a family's variants as timm models."""
 
+import math
 import sys
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any, get_type_hints
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_module
 
+from allmlp.errors import shown
 from allmlp.layers import (
     AxialShift,
     PatchDownsampling,
@@ -90,10 +93,13 @@ def _entry_point(
     model_class: type[VisionMLP], name: str, variant: Mapping[str, Any], levels: int | tuple[int, ...]
 ) -> Callable[..., VisionMLP]:
     def entry_point(pretrained: bool = False, **kwargs: Any) -> VisionMLP:
+        _check_arguments(model_class, kwargs)
         if kwargs.get("img_size") is not None:
+            # timm knows none of numpy's numbers
+            kwargs["img_size"] = tuple(map(int, to_2tuple(kwargs["img_size"])))
             # What prepares images for the model reads their size here.
             overlay = {
-                "input_size": (3, *to_2tuple(kwargs["img_size"])),
+                "input_size": (3, *kwargs["img_size"]),
                 **(kwargs.pop("pretrained_cfg_overlay", None) or {}),
             }
             kwargs["pretrained_cfg_overlay"] = overlay
@@ -106,6 +112,44 @@ def _entry_point(
         f"{model_class.__name__} with {', '.join(f'{key}={value}' for key, value in variant.items())}."
     )
     return entry_point
+
+
+def _check_arguments(model_class: type[VisionMLP], given: Mapping[str, Any]) -> None:
+    """Names an argument that torch would stumble over somewhere in the model, and what it may be."""
+    hints = get_type_hints(model_class.__init__)
+    for name, value in given.items():
+        allowed = _allowed(name, hints.get(name), value)
+        if allowed:
+            raise ValueError(f"{name} must be {allowed}, got {shown(value)}")
+
+
+def _allowed(name: str, hint: Any, value: Any) -> str | None:
+    """What an argument may be, where the value is not that."""
+    if hint is int:
+        least = 0 if name in ("num_classes", "attention_size") else 1
+        return None if _is_whole(value, least) else f"a whole number from {least} on"
+    if hint is float:
+        if name.endswith("_rate"):
+            return None if _is_number(value) and 0 <= value <= 1 else "a number from 0 to 1"
+        return None if _is_number(value) and value >= 0 else "a number from 0 on"
+    if hint == tuple[int, ...]:
+        return None if _are_whole(value, 0) else "whole numbers, such as (2, 2, 6, 2)"
+    if hint == int | tuple[int, int] or (hint == int | tuple[int, int] | None and value is not None):
+        fits = _is_whole(value, 1) or (_are_whole(value, 1) and len(value) == 2)
+        return None if fits else "a number of pixels from 1 on, or (height, width)"
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+
+
+def _are_whole(value: Any, least: int) -> bool:
+    return isinstance(value, Sequence) and all(_is_whole(number, least) for number in value)
 
 
 def _features(levels: int | tuple[int, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
