@@ -2,7 +2,7 @@
 
     python benchmarks/toeplitz.py
 
-takes about two minutes on two cores and writes results/toeplitz.json and .png and the table of docs/language.md.
+takes two to eight minutes on two cores and writes results/toeplitz.json and .png and the table of docs/language.md.
 
 One causal layer's work between its tokens, 512 channels, float32, forward: `toeplitz_product` by both of its ways, the
 dense spatial product, and `scaled_dot_product_attention` with 8 heads of 64. What would take too much memory (a dense
@@ -58,21 +58,20 @@ def times_of(length: int) -> dict[str, Any]:
     import torch
     import torch.nn.functional as F
 
-    from allmlp.ops import spatial_gating, toeplitz_product
+    from allmlp.ops import toeplitz_product, token_linear
     from allmlp.timing import time_in_turn
 
     torch.manual_seed(0)
     v = torch.randn(1, length, CHANNELS)
     lags = torch.randn(1, 2 * length - 1) / length**0.5
     q, k, w = torch.randn(3, 1, HEADS, length, CHANNELS // HEADS)
-    u, bias = torch.ones(()).expand_as(v), torch.zeros(1, length)
     ways: dict[str, Callable[[], Any]] = {
         FFT: lambda: toeplitz_product(lags, v, causal=True, backend="fft"),
         ATTENTION: lambda: F.scaled_dot_product_attention(q, k, w, is_causal=True),
     }
     if length <= DENSE_LIMIT:
-        weight = torch.randn(1, length, length).tril_()
-        ways[DENSE] = lambda: spatial_gating(u, v, weight, bias)
+        weight = torch.randn(length, length)
+        ways[DENSE] = lambda: token_linear(v, weight, torch.zeros(1), causal=True)
     if length <= DENSE_TOEPLITZ_LIMIT:
         ways[DENSE_TOEPLITZ] = lambda: toeplitz_product(lags, v, causal=True, backend="dense")
     rounds, warmup = (9, 2) if length <= 4096 else (3, 1)

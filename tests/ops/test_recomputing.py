@@ -16,7 +16,8 @@ PROLOGUES: dict[str, Callable[..., Tensor]] = {
     "norm": lambda x, weight: F.layer_norm(x, x.shape[-1:], weight[0, 0]),
     "transposed": lambda x: x.flip(1).contiguous(),
 }
-ACROSS = ("channels", "tokens")
+ACROSS = ("channels", "tokens", "earlier tokens")
+WIDTH = {"channels": 6, "tokens": 5, "earlier tokens": 5}
 
 
 def _inputs(name: str) -> list[Tensor]:
@@ -25,7 +26,7 @@ def _inputs(name: str) -> list[Tensor]:
 
 
 def _parameters(across: str) -> tuple[Tensor, Tensor]:
-    width = {"channels": 6, "tokens": 5}[across]
+    width = WIDTH[across]
     weight = torch.randn(3, width, dtype=torch.float64, requires_grad=True)
     return weight, torch.randn(3, dtype=torch.float64, requires_grad=True)
 
@@ -63,7 +64,7 @@ def test_what_needs_no_gradient_gets_none(across: str, frozen: str) -> None:
 
 @pytest.mark.parametrize("across", ACROSS)
 def test_under_autocast(across: str) -> None:
-    x, weight, bias = torch.randn(2, 5, 6), torch.randn(3, {"channels": 6, "tokens": 5}[across]), torch.randn(3)
+    x, weight, bias = torch.randn(2, 5, 6), torch.randn(3, WIDTH[across]), torch.randn(3)
     leaves = [tensor.requires_grad_() for tensor in (weight, bias, x)]
     outs, grads = [], []
     for function in (recomputing_linear, recomputing_linear_reference):

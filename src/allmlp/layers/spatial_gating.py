@@ -225,7 +225,9 @@ class SpatialGatingUnit(GridBound):
             bias = self.bias.repeat_interleave(gate.shape[-1] // self.bias.shape[0])
             return finished_gate(gate.add_(bias), residual, self.gate_act)
         bias = _leading(self.bias, tokens, 1) if not self.toeplitz else self.bias
-        return finished_gate(spatial_projection(v, self._matrix(tokens, mask), bias), residual, self.gate_act)
+        causal = self.causal and mask is None
+        projection = spatial_projection(v, self._matrix(tokens, mask), bias, causal=causal)
+        return finished_gate(projection, residual, self.gate_act)
 
     def gated(
         self, u: Float[Tensor, "batch tokens gate_channels"], gate: Float[Tensor, "batch tokens gate_channels"]
@@ -269,12 +271,8 @@ class SpatialGatingUnit(GridBound):
 
     def _matrix(self, tokens: int, mask: Tensor | None) -> Tensor:
         """`W` for a whole sequence: [heads, tokens, tokens], or [batch, heads, tokens, tokens] with a mask per row."""
-        causal = self.causal and mask is None
-        if self.toeplitz:
-            weight = toeplitz_matrix(self.weight, tokens, causal=causal)
-        else:
-            weight = _leading(self.weight, tokens, 1, 2)
-            weight = weight.tril() if causal else weight
+        dense = not self.toeplitz
+        weight = _leading(self.weight, tokens, 1, 2) if dense else toeplitz_matrix(self.weight, tokens)
         return weight if mask is None else weight * mask.unsqueeze(-3)
 
     def _attention_mask(

@@ -6,7 +6,8 @@ what it computes.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +16,32 @@ from allmlp.ops.execution import is_plain_training
 from allmlp.ops.linear import linear, linear_input_gradient, linear_weight_gradient
 from allmlp.ops.token_linear import bias_gradient, input_gradient, token_linear, weight_gradient
 
-Across = Literal["channels", "tokens"]
-_MAPS: dict[str, Callable[..., Tensor]] = {"channels": linear, "tokens": token_linear}
+Across = Literal["channels", "tokens", "earlier tokens"]
+
+
+class _Map(NamedTuple):
+    """A linear map and its gradients."""
+
+    output: Callable[..., Tensor]
+    weight_gradient: Callable[[Tensor, Tensor], Tensor]
+    bias_gradient: Callable[[Tensor], Tensor]
+    input_gradient: Callable[[Tensor, Tensor], Tensor]
+
+
+def _channels_bias_gradient(grad: Tensor) -> Tensor:
+    return grad.reshape(-1, grad.shape[-1]).sum(0)
+
+
+_MAPS: dict[Across, _Map] = {
+    "channels": _Map(linear, linear_weight_gradient, _channels_bias_gradient, linear_input_gradient),
+    "tokens": _Map(token_linear, weight_gradient, bias_gradient, input_gradient),
+    "earlier tokens": _Map(
+        partial(token_linear, causal=True),
+        partial(weight_gradient, causal=True),
+        bias_gradient,
+        partial(input_gradient, causal=True),
+    ),
+}
 
 
 def recomputing_linear_reference(
@@ -27,7 +52,7 @@ def recomputing_linear_reference(
     bias: Tensor | None,
 ) -> Tensor:
     """`recomputing_linear` with everything kept."""
-    return _MAPS[across](prologue(*inputs), weight, bias)
+    return _MAPS[across].output(prologue(*inputs), weight, bias)
 
 
 def recomputing_linear(
@@ -40,7 +65,8 @@ def recomputing_linear(
     """`W·prologue(*inputs) + b`, keeping `inputs` for backward and not what `prologue` makes of them.
 
     Args:
-        across: `"channels"`: a linear map of the last dimension; `"tokens"`: `ops.token_linear`.
+        across: `"channels"`: a linear map of the last dimension; `"tokens"`: `ops.token_linear`; `"earlier tokens"`:
+            the causal one.
         prologue: a function of tensors alone, the same at every call; parameters it uses stand among the inputs.
         inputs: what it is given.
         weight: `W`.
@@ -83,7 +109,7 @@ class _RecomputingLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         (grad,) = grads
         weight, bias, *inputs = ctx.saved_tensors
-        needs_weight, needs_bias, *needs = ctx.needs_input_grad[2:]
+        of, (needs_weight, needs_bias, *needs) = _MAPS[ctx.across], ctx.needs_input_grad[2:]
         # With gradients on, gradients of these gradients are wanted: autograd then records the inputs' own graph.
         again = torch.is_grad_enabled()
         with torch.enable_grad(), torch.autocast(*ctx.autocast):
@@ -95,26 +121,13 @@ class _RecomputingLinear(torch.autograd.Function):
                 return None, None, *gradients(output, own, every, grad, create_graph=True)
             inputs = [x.detach().requires_grad_(need) for x, need in zip(inputs, needs, strict=True)]
             x = ctx.prologue(*inputs)
-        grad_weight, grad_bias = _parameter_gradients(
-            ctx.across, grad, x.detach(), weight if needs_weight else None, bias if needs_bias else None
-        )
+        grad_weight = grad_bias = None
+        if needs_weight:
+            grad_weight = of.weight_gradient(grad, x.detach().to(grad.dtype)).to(weight.dtype)
+        if needs_bias:
+            grad_bias = of.bias_gradient(grad).sum_to_size(bias.shape).to(bias.dtype)
         grad_inputs: list[Tensor | None] = [None] * len(inputs)
         if any(needs):
-            plain = weight.to(grad.dtype)
-            grad_x = (linear_input_gradient if ctx.across == "channels" else input_gradient)(grad, plain)
+            grad_x = of.input_gradient(grad, weight.to(grad.dtype))
             grad_inputs = gradients(x, inputs, needs, grad_x.to(x.dtype))
         return None, None, grad_weight, grad_bias, *grad_inputs
-
-
-def _parameter_gradients(
-    across: Across, grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of those parameters that are given."""
-    grad_weight = grad_bias = None
-    if weight is not None:
-        of = linear_weight_gradient if across == "channels" else weight_gradient
-        grad_weight = of(grad, x.to(grad.dtype)).to(weight.dtype)
-    if bias is not None:
-        summed = grad.reshape(-1, grad.shape[-1]).sum(0) if across == "channels" else bias_gradient(grad)
-        grad_bias = summed.sum_to_size(bias.shape).to(bias.dtype)
-    return grad_weight, grad_bias

@@ -14,7 +14,7 @@ from torch import Tensor
 from allmlp.ops.backends import Backend, takes_fused
 from allmlp.ops.execution import autocast, is_transformed
 from allmlp.ops.products import multiply
-from allmlp.ops.recomputing import recomputing_linear
+from allmlp.ops.recomputing import Across, recomputing_linear
 from allmlp.ops.token_linear import token_linear
 
 
@@ -71,11 +71,14 @@ def spatial_projection(
     v: Float[Tensor, "batch read channels"],
     weight: Float[Tensor, "*rows heads written read"],
     bias: Float[Tensor, "*#rows heads #written"],
+    *,
+    causal: bool = False,
 ) -> Float[Tensor, "batch written channels"]:
-    """`W v + b` of `spatial_gating`, a fresh tensor."""
+    """`W v + b` of `spatial_gating`, a fresh tensor; causal, of what `W` holds up to its diagonal."""
     heads = weight.shape[-3]
     if heads == 1 and weight.dim() == 3 and bias.dim() == 2:
-        return token_linear(v, weight.squeeze(0), bias.squeeze(0))
+        return token_linear(v, weight.squeeze(0), bias.squeeze(0), causal=causal)
+    weight = weight.tril() if causal else weight
     if heads == 1:
         gate = multiply(torch.matmul, weight.squeeze(-3), v)
         return _added(gate, bias.squeeze(-2).unsqueeze(-1))
@@ -182,10 +185,10 @@ def normalized_projection(
 ) -> Float[Tensor, "batch written channels"]:
     """`W·LN(v) + b` of `normalized_spatial_gating`, a fresh tensor. With one head, backward keeps `v`, not its norm."""
     norm = partial(_layer_norm, norm_eps)
-    weight = weight.tril() if causal else weight
     if weight.shape[0] == 1:
-        return recomputing_linear("tokens", norm, (v, norm_weight, norm_bias), weight.squeeze(0), bias.squeeze(0))
-    return spatial_projection(norm(v, norm_weight, norm_bias), weight, bias)
+        across: Across = "earlier tokens" if causal else "tokens"
+        return recomputing_linear(across, norm, (v, norm_weight, norm_bias), weight.squeeze(0), bias.squeeze(0))
+    return spatial_projection(norm(v, norm_weight, norm_bias), weight, bias, causal=causal)
 
 
 def _layer_norm(eps: float, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
