@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from allmlp import GMLPConfig, GMLPForMaskedLM
 from allmlp.benchmark.report import replace_part
-from allmlp.vision.catalogue import layer_table
+from allmlp.catalogue import layer_table
 
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
 GPUS = {"A100": 312e12, "H100": 989e12}

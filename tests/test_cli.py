@@ -77,6 +77,15 @@ def test_models_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert card["name"] == "vip_small_patch7_224"
     assert card["top1"] == 81.5
     assert main(["models", "transformer_*"]) == 1
+    assert main(["models", "amlp_base"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split()[:6] == [
+        "amlp_base",
+        "aMLP",
+        "108.77M",
+        "71.20G",
+        "–",
+        "3.95",
+    ]
 
 
 def test_info_shows_layers_at_another_size(capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,6 +100,8 @@ def test_info_shows_layers_at_another_size(capsys: pytest.CaptureFixture[str]) -
     ("arguments", "message"),
     [
         (["info", "gmpl_nano_patch4_32"], "Did you mean 'gmlp_nano_patch4_32'"),
+        (["info", "gmlp_bsae"], "Did you mean 'gmlp_base'"),
+        (["info", "gmlp_base", "--img-size", "32"], "gmlp_base cannot be made so: a language model has no image size"),
         (["info", "gmlp_nano_patch4_32", "--img-size", "33"], "the nearest sizes are 32×32 and 36×36"),
         (["train", "digits", "--output", "{tmp}/run", "--model", "gmpl_nano_patch4_32"], "Did you mean"),
         (["train", "{tmp}/none", "--output", "{tmp}/run", *TINY], "There is no file or folder"),

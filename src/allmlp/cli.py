@@ -93,18 +93,18 @@ def _add_models(commands: Any) -> None:
 
 
 def _models(options: argparse.Namespace) -> None:
+    from allmlp.catalogue import list_models
     from allmlp.tables import table
-    from allmlp.vision.catalogue import list_models
 
     cards = list_models(options.pattern)
     if not cards:
         raise UserError(f"No model's name matches '{options.pattern}'.")
-    rows = [("model", "family", "parameters", "MACs", "top 1", "paper")]
+    rows = [("model", "family", "parameters", "MACs", "top 1", "perplexity", "paper")]
     for card in cards:
         size, work = f"{card.parameters / 1e6:.2f}M", f"{card.macs / 1e9:.2f}G"
-        top1 = "–" if card.top1 is None else f"{card.top1:.2f}"
-        rows.append((card.name, card.family, size, work, top1, card.url))
-    _answer(options, [dataclasses.asdict(card) for card in cards], lambda: table(rows, right=(2, 3, 4)))
+        top1, perplexity = ("–" if score is None else f"{score:.2f}" for score in (card.top1, card.perplexity))
+        rows.append((card.name, card.family, size, work, top1, perplexity, card.url))
+    _answer(options, [dataclasses.asdict(card) for card in cards], lambda: table(rows, right=(2, 3, 4, 5)))
 
 
 def _add_info(commands: Any) -> None:
@@ -116,10 +116,11 @@ def _add_info(commands: Any) -> None:
 
 def _info(options: argparse.Namespace) -> None:
     import allmlp.vision  # noqa: F401 registers the architectures
+    from allmlp.catalogue import is_language, layer_table, list_models
     from allmlp.checkpoints.run_directory import require_architecture
-    from allmlp.vision.catalogue import layer_table
 
-    require_architecture(options.model)
+    if not is_language(options.model):
+        require_architecture(options.model, also=[card.name for card in list_models() if is_language(card.name)])
     try:
         layers = layer_table(options.model, options.img_size)
     # name and size drive the constructors of any architecture

@@ -117,7 +117,7 @@ def test_a_directory_that_is_no_checkout(tmp_path: Path) -> None:
     [
         (
             Setting(model="nothing"),
-            "there is no model 'nothing'; `allmlp models` .*, for text there are gmlp_nano, amlp_nano",
+            "There is no model 'nothing'; `allmlp models` lists them",
         ),
         (Setting(model=NANO, dtype="int8"), "dtype must be one of float32, bfloat16, got 'int8'"),
     ],

@@ -7,10 +7,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from allmlp.errors import UserError
+from allmlp.catalogue import is_language, list_models
+from allmlp.errors import UserError, nearest
 from allmlp.language import GMLPConfig, GMLPForCausalLM
-from allmlp.language.configuration import VARIANTS
-from allmlp.vision.catalogue import list_models
 
 
 class Logits(nn.Module):
@@ -41,22 +40,15 @@ def example(name: str, batch_size: int) -> Tensor:
     return torch.randn(batch_size, *cfg.input_size, generator=generator)
 
 
-def is_language(name: str) -> bool:
-    """Whether the name is a language model's."""
-    return name in VARIANTS
-
-
 def check_name(name: str) -> None:
     """Refuse a name that is no model's.
 
     Raises:
-        UserError: with where to find those there are.
+        UserError: with the nearest names of those there are.
     """
-    if not (is_language(name) or any(card.name == name for card in list_models())):
-        texts = ", ".join(VARIANTS)
-        raise UserError(
-            f"there is no model {name!r}; `allmlp models` lists those for images, for text there are {texts}"
-        )
+    known = [card.name for card in list_models()]
+    if name not in known:
+        raise UserError(f"There is no model '{name}'; `allmlp models` lists them.{nearest(name, known)}")
 
 
 def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
-from allmlp.benchmark.networks import Logits, is_language
+from allmlp.benchmark.networks import Logits
+from allmlp.catalogue import is_language
 from allmlp.checkpoints.conversion import convert_state_dict
 from allmlp.errors import UserError, nearest
 

@@ -19,16 +19,17 @@ else:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCard:
-    """A vision model and its figures.
+    """A model and its figures.
 
     Attributes:
-        name: timm's name of it.
+        name: timm's name of an image model, `GMLPConfig.named`'s of a language model.
         family: the architecture, as its paper writes it.
-        parameters: number of parameters, counted.
-        macs: multiply-adds of one image at the model's own size, counted.
+        parameters: number of parameters, counted; of language models with the paper's vocabulary.
+        macs: multiply-adds of one image at the model's own size, or of one text of the model's length, counted.
         published_parameters: as the paper prints them.
         published_macs: as the paper prints them.
-        top1: published ImageNet-1k accuracy in percent.
+        top1: published ImageNet-1k accuracy of an image model, in percent.
+        perplexity: published perplexity of a masked language model (C4).
         paper: key in docs/references.bib.
         title: the paper's.
         url: the paper's.
@@ -41,6 +42,7 @@ class ModelCard:
     published_parameters: str | None
     published_macs: str | None
     top1: float | None
+    perplexity: float | None
     paper: str
     title: str
     url: str
@@ -52,10 +54,10 @@ def _published() -> dict[str, Any]:
 
 
 def list_models(pattern: str | None = None) -> list[ModelCard]:
-    """The vision models whose name matches a shell pattern such as `"vip_*"`; all of them for None."""
+    """The models whose name matches a shell pattern such as `"vip_*"`, those of images first; all of them for None."""
     published = _published()
     cards = []
-    for name, entry in published["models"].items():
+    for name, entry in {**published["models"], **published["language_models"]}.items():
         if pattern is not None and not fnmatch.fnmatch(name, pattern):
             continue
         printed, paper = entry.get("published", {}), published["papers"][entry["paper"]]
@@ -68,12 +70,18 @@ def list_models(pattern: str | None = None) -> list[ModelCard]:
                 published_parameters=printed.get("parameters"),
                 published_macs=printed.get("macs"),
                 top1=printed.get("top1"),
+                perplexity=printed.get("perplexity"),
                 paper=entry["paper"],
                 title=paper["title"],
                 url=paper["url"],
             )
         )
     return cards
+
+
+def is_language(name: str) -> bool:
+    """Whether a name is a language model's."""
+    return name in _published()["language_models"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +91,7 @@ class LayerRow:
     Attributes:
         name: its path in the model.
         type: its class.
-        output: shape of its output for one image; of several the first one's.
+        output: shape of its output for one image or text; of several outputs the first one's.
         parameters: numbers it owns itself, its children's left out.
         macs: multiply-adds it does itself, its children's left out.
     """
@@ -130,19 +138,33 @@ class LayerTable:
 
 
 def layer_table(name: str, img_size: int | tuple[int, int] | None = None, **arguments: Any) -> LayerTable:
-    """The layer table of a timm model, made without allocating or computing anything (on the meta device).
+    """The layer table of a model, made without allocating or computing anything (on the meta device).
 
     Args:
-        name: a timm model's name.
+        name: a timm model's name, or a language model's, which is taken as a masked one and given a text of its length.
         img_size: image size in pixels, the model's own where None.
-        arguments: further arguments of `timm.create_model`.
+        arguments: further arguments of `timm.create_model`, or fields of `GMLPConfig`.
 
     Raises:
-        ValueError: for a size the model's patches do not tile.
+        ValueError: for a size the model's patches do not tile, and for an image size of a language model.
     """
-    import timm
     import torch
+
+    if is_language(name):
+        from allmlp.language import GMLPConfig, GMLPForMaskedLM
+
+        if img_size is not None:
+            raise ValueError("a language model has no image size")
+        with torch.device("meta"), torch.no_grad():
+            reader = GMLPForMaskedLM(GMLPConfig.named(name, **arguments)).eval()
+            ids = torch.zeros(1, reader.config.max_position_embeddings, dtype=torch.long)
+            rows = tuple(_layer_rows(reader, ids))
+        return LayerTable(model=name, input=tuple(ids.shape[1:]), rows=rows)
+
+    import timm
     from timm.layers import to_2tuple
+
+    import allmlp.vision  # noqa: F401 registers the architectures
 
     if img_size is not None:
         arguments["img_size"] = img_size
@@ -157,7 +179,7 @@ def layer_table(name: str, img_size: int | tuple[int, int] | None = None, **argu
     return LayerTable(model=name, input=tuple(image.shape[1:]), rows=rows)
 
 
-def _layer_rows(model: Any, image: Any) -> Iterator[LayerRow]:
+def _layer_rows(model: Any, example: Any) -> Iterator[LayerRow]:
     import torch
     from torch.utils._pytree import tree_leaves
     from torch.utils.flop_counter import FlopCounterMode
@@ -187,9 +209,13 @@ def _layer_rows(model: Any, image: Any) -> Iterator[LayerRow]:
         module.register_forward_pre_hook(lambda _module, _inputs, name=name: enter(name))
         module.register_forward_hook(lambda _module, _inputs, output, name=name: leave(name, output))
     with counter:
-        model(image)
+        model(example)
+    counted: set[int] = set()
     for name, shape in shapes.items():
-        parameters = sum(parameter.numel() for parameter in modules[name].parameters(recurse=False))
+        own = {id(parameter): parameter.numel() for parameter in modules[name].parameters(recurse=False)}
+        # what is tied is one parameter
+        parameters = sum(count for key, count in own.items() if key not in counted)
+        counted |= own.keys()
         macs = flops[name] // 2  # the counter takes a multiply-add for two operations
         if parameters or macs:
             yield LayerRow(name=name, type=type(modules[name]).__name__, output=shape, parameters=parameters, macs=macs)

@@ -5,8 +5,9 @@ import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from allmlp.vision.catalogue import ModelCard, layer_table, list_models
-from tests.vision import models_page
+from allmlp.catalogue import ModelCard, is_language, layer_table, list_models
+from allmlp.language.configuration import VARIANTS
+from tests import models_page
 
 CARDS = list_models()
 
@@ -20,8 +21,9 @@ def printed(figure: str) -> tuple[float, float]:
 
 def test_the_catalogue_lists_exactly_the_registered_models():
     registered = {name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("allmlp.")}
-    assert {card.name for card in CARDS} == registered
-    assert len(CARDS) == len(registered)
+    assert {card.name for card in CARDS if not is_language(card.name)} == registered
+    assert {card.name for card in CARDS if is_language(card.name)} == VARIANTS.keys()
+    assert len(CARDS) == len(registered) + len(VARIANTS)
 
 
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
@@ -96,6 +98,17 @@ def test_layer_table_at_another_size():
     assert layer_table("vit_tiny_patch16_224", 256).input == (3, 256, 256)
     assert layer_table("gmlp_small_patch16_224", 256).input == (3, 256, 256)
     assert layer_table("asmlp_tiny_patch4_224", (160, 224)).input == (3, 160, 224)
+
+
+def test_layer_table_of_a_language_model():
+    table = layer_table("gmlp_nano", vocab_size=100, max_position_embeddings=32)
+    assert table.input == (32,)
+    assert table.rows[0].type == "Embedding"
+    assert table.rows[-1].output == (32, 100)
+    # the head is the embedding
+    assert (table.rows[-1].parameters, table.rows[-1].macs) == (0, 32 * 128 * 100)
+    with pytest.raises(ValueError, match="a language model has no image size"):
+        layer_table("gmlp_nano", 64)
 
 
 def test_layer_table_of_a_size_no_patch_grid_fits():
