@@ -8,10 +8,11 @@ import re
 import pytest
 import timm
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 import allmlp
-from allmlp.checkpoints import MissingFacts, conversion
+from allmlp.checkpoints import MissingFacts, conversion, run_directory
 from allmlp.checkpoints.conversion import LAYOUTS, SOURCES, convert_checkpoint, convert_state_dict, write_run_directory
 from allmlp.errors import UserError
 from tests.checkpoints import originals, parity
@@ -236,6 +237,25 @@ class TestRunDirectory:
         with pytest.raises(UserError, match="holds a run already"):
             write_run_directory(found, tmp_path / "run")
         write_run_directory(found, tmp_path / "run", overwrite=True)
+
+    @pytest.mark.parametrize("name", ["timm_gmlp", "lucidrains_causal_lm"])
+    def test_without_room_the_former_run_stays(self, tmp_path, monkeypatch, name) -> None:
+        found = parity.golden(GOLDEN / name).convert()
+        write_run_directory(found, tmp_path / "run")
+        (tmp_path / "run" / "metrics.json").write_text("{}")
+        before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+
+        def no_room(*arguments: object, **settings: object) -> None:
+            raise SafetensorError("Error while serializing: No space left on device (os error 28)")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(run_directory, "save_file", no_room)
+            patched.setattr(type(found.model), "save_pretrained", no_room, raising=False)
+            with pytest.raises(UserError, match=r"run cannot be written to: .*No space left"):
+                write_run_directory(found, tmp_path / "run", overwrite=True)
+        assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+        write_run_directory(found, tmp_path / "run", overwrite=True)
+        assert not (tmp_path / "run" / "metrics.json").exists()
 
     def test_names_have_to_fit(self, tmp_path) -> None:
         with pytest.raises(UserError, match="9 classes, but there are 2 names"):

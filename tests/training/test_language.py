@@ -104,9 +104,10 @@ def test_generate_writes_what_a_seed_says(written) -> None:
     assert first == generate(run, prompts, max_new_tokens=6, seed=1)
     assert [entry["prompt"] for entry in first] == prompts
     assert all(1 <= entry["tokens"] <= 6 and entry["text"] for entry in first)
-    alone = generate(run, prompts[:1], max_new_tokens=6, temperature=0)
-    together = generate(run, prompts, max_new_tokens=6, temperature=0)
-    assert together[0]["text"] == alone[0]["text"]
+    for settings in ({"temperature": 0}, {"temperature": 1, "seed": 3}):
+        alone = generate(run, prompts[:1], max_new_tokens=10, **settings)
+        assert generate(run, prompts, max_new_tokens=10, **settings)[0] == alone[0]
+    assert [entry["tokens"] for entry in generate(run, ["the quick", "t"], max_new_tokens=99, temperature=0)] == [7, 15]
     assert len(generate(run, ["line"], max_new_tokens=50, temperature=0)[0]["text"]) == 12
     longer = generate(run, ["line"], max_new_tokens=50, temperature=0, context_overflow="reprefill")
     assert len(longer[0]["text"]) == 50

@@ -11,7 +11,8 @@ from allmlp.training.recipe import RECIPES, Recipe, VisionRecipe, make_recipe, r
 
 
 def test_yaml_gives_the_recipe_back(tmp_path: Path) -> None:
-    recipe = VisionRecipe(data="digits", model="m", img_size=(8, 16), lr=3e-4, model_args={"depth": 2}, strict=True)
+    recipe = VisionRecipe(data="digits", model="m", img_size=(8, 16), lr=3e-4, strict=True)
+    recipe = dataclasses.replace(recipe, model_args={"depth": 2, "eps": 1e-05, "act": "1e5"})
     (tmp_path / "recipe.yaml").write_text(recipe_to_yaml(recipe))
     settings = read_settings(tmp_path / "recipe.yaml")
     assert settings.pop("task") == "image-classification"
@@ -28,6 +29,7 @@ def test_yaml_gives_the_recipe_back(tmp_path: Path) -> None:
         ({"img_size": "64x96"}, "img_size", (64, 96)),
         ({"img_size": [64, 96]}, "img_size", (64, 96)),
         ({"model_args": "{depth: 3}"}, "model_args", {"depth": 3}),
+        ({"model_args": "{norm_eps: 1e-5, init_scale: -2.E+3}"}, "model_args", {"norm_eps": 1e-5, "init_scale": -2e3}),
         ({"auto_augment": None}, "auto_augment", None),
     ],
 )

@@ -3,12 +3,13 @@
 import dataclasses
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from allmlp.checkpoints import (
@@ -27,7 +28,7 @@ from allmlp.checkpoints.architecture import Architecture, LanguageArchitecture
 from allmlp.checkpoints.layout import Layout, Tensors, widest
 from allmlp.checkpoints.reading import read_checkpoint
 from allmlp.checkpoints.unwrapping import check_weights, strip_prefix, unwrap
-from allmlp.errors import UserError, nearest, shown
+from allmlp.errors import UserError, first_line, nearest, shown
 
 LAYOUTS: tuple[Layout, ...] = (
     *timm.LAYOUTS,
@@ -206,7 +207,8 @@ def write_run_directory(
         overwrite: Replace a run that lies there.
 
     Raises:
-        UserError: There is a run already, or the names do not fit the model, or one is blank.
+        UserError: There is a run already, or the names do not fit the model, or one is blank; or the run cannot be
+            written, and a former one is still there.
     """
     directory, model, architecture = Path(directory), conversion.model, conversion.architecture
     if (directory / run_directory.CONFIG).exists() and not overwrite:
@@ -214,8 +216,7 @@ def write_run_directory(
     if isinstance(architecture, LanguageArchitecture):
         if classes:
             raise UserError("This is a language model: it has no classes to be named.")
-        run_directory.clear(directory)
-        run_directory.save_language(directory, model, tokenizer)
+        _replace(directory, lambda: run_directory.save_language(directory, model, tokenizer))
         return
     names = classes or conversion.classes or [str(index) for index in range(architecture.num_classes)]
     if len(names) != architecture.num_classes:
@@ -226,9 +227,18 @@ def write_run_directory(
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if repeated:
         _log.warning("more than one class is called %s", ", ".join(repeated[:8]))
-    run_directory.clear(directory)
     wrapped = run_directory.classifier(model, architecture.name, architecture.model_args, names)
-    run_directory.save_classifier(wrapped, directory)
+    _replace(directory, lambda: run_directory.save_classifier(wrapped, directory))
+
+
+def _replace(directory: Path, save: Callable[[], None]) -> None:
+    """Saves a run, then removes what is left of a former one, which stays as it is where there is no room."""
+    try:
+        save()
+    # safetensors has an error of its own for a full disk
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{directory} cannot be written to: {first_line(error)}") from error
+    run_directory.clear(directory, keep=(run_directory.CONFIG, run_directory.WEIGHTS))
 
 
 def _identify(tensors: Mapping[str, Tensor], source: str | None) -> tuple[Layout, Tensors]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from allmlp.checkpoints import description
 from allmlp.checkpoints.training_checkpoints import checkpoints_in, last_checkpoint
 from allmlp.errors import UserError, nearest, shown
-from allmlp.files import UNFINISHED, atomic_path, to_disk, write_json, write_text
+from allmlp.files import UNFINISHED, atomic_path, to_disk, write_json
 
 CONFIG, WEIGHTS, RECIPE, METRICS, REPORT = "config.json", "model.safetensors", "recipe.yaml", "metrics.json", "report"
 FAULTS = "nan.jsonl"
@@ -77,7 +77,7 @@ def plain_state_dict(wrapped: nn.Module) -> dict[str, Tensor]:
 
 
 def save_classifier(wrapped: Any, directory: str | Path) -> None:
-    """Writes `config.json` and `model.safetensors`, each all at once.
+    """Writes `config.json` and `model.safetensors`, each all at once and only if there is room for both.
 
     Args:
         wrapped: What `classifier` gives.
@@ -85,10 +85,11 @@ def save_classifier(wrapped: Any, directory: str | Path) -> None:
     """
     directory = Path(directory)
     weights = {name: tensor.contiguous() for name, tensor in plain_state_dict(wrapped).items()}
-    with atomic_path(directory / WEIGHTS) as temporary:
-        save_file(weights, temporary, metadata={"format": "pt"})
     wrapped.config.architectures = [type(wrapped).__name__]
-    write_text(directory / CONFIG, wrapped.config.to_json_string(use_diff=True))
+    # the configuration last, which makes it a run directory
+    with atomic_path(directory / CONFIG) as config, atomic_path(directory / WEIGHTS) as temporary:
+        config.write_text(wrapped.config.to_json_string(use_diff=True), encoding="utf-8")
+        save_file(weights, temporary, metadata={"format": "pt"})
 
 
 def save_language(directory: str | Path, model: Any, tokenizer: Any = None) -> None:
@@ -364,14 +365,15 @@ def remove_unfinished(directory: str | Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def clear(directory: str | Path) -> None:
-    """Removes what a former run left in its directory, and nothing else."""
+def clear(directory: str | Path, keep: Container[str] = ()) -> None:
+    """Removes what a former run left in its directory, and nothing else; `keep` names files of a new one."""
     directory = Path(directory)
     remove_unfinished(directory)
     for path in [*checkpoints_in(directory), directory / REPORT, directory / "tensorboard"]:
         shutil.rmtree(path, ignore_errors=True)
     for name in (CONFIG, WEIGHTS, RECIPE, METRICS, FAULTS):
-        (directory / name).unlink(missing_ok=True)
+        if name not in keep:
+            (directory / name).unlink(missing_ok=True)
 
 
 def _shapes(weights: Path) -> dict[str, list[int]]:

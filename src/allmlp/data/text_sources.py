@@ -262,5 +262,5 @@ def _not_utf8(path: Path, place: int) -> UserError:
     line = head.count(b"\n") + 1 - (head[-1:] == b"\n")
     return UserError(
         f"{path} is not UTF-8: byte {place:,} (line {line:,}) is 0x{head[-1]:02X}. "
-        "Convert it, or learn bytes, which may be anything: --tokenizer bytes."
+        "Convert it; a file that is the whole data may be learnt as bytes, which can be anything: --tokenizer bytes."
     )

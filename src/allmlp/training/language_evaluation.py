@@ -181,14 +181,14 @@ def generate(
 
     Args:
         run: A run directory of a causal language model.
-        prompts: How the texts begin.
+        prompts: How the texts begin; those of as many tokens are gone on with together.
         max_new_tokens: Tokens to write.
         temperature: Divides the logits; 0 takes the likeliest token each time.
         top_k: Draw from this many likeliest tokens; 0: from all.
         top_p: Draw from the likeliest tokens that have this probability together.
         beams: Beams of a beam search; 1: none.
         context_overflow: `stop` or `reprefill`, see `GMLPForCausalLM.generate`.
-        seed: Of the draws.
+        seed: Of the draws, for each length of prompt anew.
         streamer: Is given each token when it is there (one prompt only).
 
     Returns:
@@ -211,26 +211,30 @@ def generate(
         raise UserError(f"seed must be a whole number from 0 to 2³²-1, got {seed}.")
     model = load_model(run)
     tokenizer = model_tokenizer(run, model)
-    batch = _prompts(prompts, tokenizer, run)
+    encoded = [_encoded(number, prompt, tokenizer, run) for number, prompt in enumerate(prompts, 1)]
     drawing: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         drawing = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    torch.manual_seed(seed)
-    written = model.generate(
-        **batch,
-        max_new_tokens=max_new_tokens,
-        num_beams=beams,
-        pad_token_id=tokenizer.pad_token_id,
-        suppress_tokens=unwritten(tokenizer),
-        context_overflow=context_overflow,
-        streamer=streamer,
-        **drawing,
-    )[:, batch["input_ids"].shape[1] :]
-    texts = tokenizer.batch_decode(written, skip_special_tokens=True)
-    return [
-        {"prompt": prompt, "text": text, "tokens": int((ids != tokenizer.pad_token_id).sum())}
-        for prompt, text, ids in zip(prompts, texts, written, strict=True)
-    ]
+    answers: dict[int, dict[str, Any]] = {}
+    # padding would take room in the context of the shorter ones
+    for length in sorted({len(ids) for ids in encoded}):
+        places = [place for place, ids in enumerate(encoded) if len(ids) == length]
+        torch.manual_seed(seed)
+        written = model.generate(
+            torch.tensor([encoded[place] for place in places]),
+            max_new_tokens=max_new_tokens,
+            num_beams=beams,
+            pad_token_id=tokenizer.pad_token_id,
+            suppress_tokens=unwritten(tokenizer),
+            context_overflow=context_overflow,
+            streamer=streamer,
+            **drawing,
+        )[:, length:]
+        texts = tokenizer.batch_decode(written, skip_special_tokens=True)
+        for place, text, ids in zip(places, texts, written, strict=True):
+            tokens = int((ids != tokenizer.pad_token_id).sum())
+            answers[place] = {"prompt": prompts[place], "text": text, "tokens": tokens}
+    return [answers[place] for place in range(len(prompts))]
 
 
 def unwritten(tokenizer: Any) -> list[int] | None:
@@ -293,20 +297,17 @@ def _evaluate_classes(
     return {"part": part, **accuracy_of(logits, labels, known, unit="texts")}
 
 
-def _prompts(prompts: Sequence[str], tokenizer: Any, run: str) -> dict[str, Tensor]:
-    empty = [number for number, prompt in enumerate(prompts, 1) if not prompt]
-    if empty:
-        raise UserError(f"Prompt {empty[0]} is empty: give at least one character.")
-    for prompt in prompts:
-        if any("\ud800" <= character <= "\udfff" for character in prompt):
-            raise UserError(f"The prompt {prompt!r} is not UTF-8.")
-        found = tokenizer(prompt, add_special_tokens=False)
-        if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in found["input_ids"]:
-            span = found.token_to_chars(found["input_ids"].index(tokenizer.unk_token_id))
-            raise UserError(f"The model in {run} does not know {prompt[slice(*span)]!r} in the prompt {prompt!r}.")
-    return tokenizer(
-        list(prompts), padding=True, add_special_tokens=False, return_tensors="pt", return_token_type_ids=False
-    )
+def _encoded(number: int, prompt: str, tokenizer: Any, run: str) -> list[int]:
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise UserError(f"The prompt {prompt!r} is not UTF-8.")
+    found = tokenizer(prompt, add_special_tokens=False)
+    ids = found["input_ids"]
+    if not ids:
+        raise UserError(f"Prompt {number} is empty: give at least one character.")
+    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
+        span = found.token_to_chars(ids.index(tokenizer.unk_token_id))
+        raise UserError(f"The model in {run} does not know {prompt[slice(*span)]!r} in the prompt {prompt!r}.")
+    return ids
 
 
 def _mask_token(tokenizer: Any, run: str) -> int:

@@ -10,10 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-import yaml
-
 from allmlp.errors import UserError, nearest, shown
-from allmlp.training.values import coerce, parse_yaml
+from allmlp.training.values import coerce, parse_yaml, to_yaml
 
 RecipeT = TypeVar("RecipeT", bound="Recipe")
 
@@ -274,4 +272,4 @@ def recipe_to_yaml(recipe: Recipe) -> str:
     """The recipe as YAML, its task first; `read_settings` and `make_recipe` give the recipe back."""
     settings = {"task": recipe.task, **dataclasses.asdict(recipe)}
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    return to_yaml(plain)

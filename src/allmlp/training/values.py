@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -38,6 +39,20 @@ def coerce(field: dataclasses.Field[Any], value: Any, hint: Any) -> Any:
     raise UserError(f"{field.name} is {shown(value)}; it must be {wanted}.")
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1, but 1e-5 is a number, as it is in YAML 1.2."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """What `_Loader` reads back: text that looks like its numbers stands in quotes."""
+
+
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
+
+
 def parse_yaml(text: str) -> Any:
     """Plain data written in YAML, every value in its place: values that refer to others may mean any amount of them.
 
@@ -45,14 +60,19 @@ def parse_yaml(text: str) -> Any:
         ValueError: It is no YAML, or holds an alias; the message says where.
     """
     try:
-        for event in yaml.parse(text, yaml.SafeLoader):
+        for event in yaml.parse(text, _Loader):
             if isinstance(event, yaml.AliasEvent):
                 line = event.start_mark.line + 1  # pyrefly: ignore[missing-attribute] (events that are parsed have marks)
                 raise ValueError(f"'*{event.anchor}' in line {line} refers to another value")
-        return yaml.safe_load(text)
+        return yaml.load(text, _Loader)  # noqa: S506 plain data alone
     # yaml's own constructors of numbers and dates raise whatever they run into
     except Exception as error:
         raise ValueError(str(error) or type(error).__name__) from error
+
+
+def to_yaml(content: Any) -> str:
+    """Plain data as YAML that `parse_yaml` gives back."""
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def _to_int(value: Any) -> int:
@@ -66,7 +86,6 @@ def _to_int(value: Any) -> int:
 
 
 def _to_float(value: Any) -> float:
-    # YAML 1.1 reads 1e-3 as text
     if isinstance(value, bool) or not math.isfinite(float(value)):
         raise ValueError
     return float(value)
