@@ -170,6 +170,8 @@ def test_train_evaluate_predict(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert json.loads(capsys.readouterr().out)[0]["predictions"][0]["label"] == "green"
     assert main(["predict", run, *files, "--strict"]) == 1
     assert main(["predict", run, files[1]]) == 1
+    assert main(["predict", run]) == 1
+    assert main(["predict", run, files[0], "--text", "red"]) == 1
 
     more = str(tmp_path / "more")
     assert main(["train", data, "--output", more, "--from", run, "--epochs", "1", "--json"]) == 0

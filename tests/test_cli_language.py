@@ -40,6 +40,8 @@ def test_evaluate_answers_in_text_and_json(run, capsys) -> None:
     assert "allmlp: the stride must be from 1 to the context of 16, got 17" in capsys.readouterr().err
     assert main(["evaluate", str(run), "--img-size", "32", "--strict"]) == 1
     assert "holds a model of text: leave --img-size and --strict out" in capsys.readouterr().err
+    assert main(["predict", str(run), "--text", "line"]) == 1
+    assert "holds a model for text-generation; it tells no classes" in capsys.readouterr().err
 
 
 def test_generate_writes_behind_each_prompt(run, capsys) -> None:
@@ -64,7 +66,14 @@ def test_tasks_are_chosen_and_told(tmp_path, capsys) -> None:
     assert main(["evaluate", str(run)]) == 0
     assert "plants" in capsys.readouterr().out
     assert main(["predict", str(run), data]) == 1
-    assert "not an image classifier" in capsys.readouterr().err
+    assert "rows.csv is a table, not a text" in capsys.readouterr().err
+    (tmp_path / "b.txt").write_bytes(b"\xff")
+    assert main(["predict", str(run), str(tmp_path / "b.txt"), "--text", "oak elm ivy", "--top-k", "1"]) == 0
+    answer = capsys.readouterr()
+    assert answer.out.startswith("oak elm ivy  ")
+    assert "warning: left out 1 of 2" in answer.err
+    assert main(["predict", str(run), "--text", "oak", "--img-size", "8"]) == 1
+    assert "holds a model of text: leave --img-size out" in capsys.readouterr().err
     # the run's own task goes on
     assert main(["train", data, "--from", str(run), "--max-steps", "1", "--output", str(tmp_path / "next")]) == 0
     assert "task: text-classification" in (tmp_path / "next/recipe.yaml").read_text()

@@ -251,9 +251,7 @@ def _add_size_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from allmlp.checkpoints import run_directory
-
-    if run_directory.read_config(options.run_directory)["model_type"] == run_directory.LANGUAGE:
+    if _reads_text(options):
         from allmlp.training import language_evaluation, language_report
 
         _refuse(options, "text", ("img_size", "patch_kernel", "strict", "image_column"))
@@ -283,6 +281,12 @@ def _evaluate(options: argparse.Namespace) -> None:
     _answer(options, found, lambda: evaluation.accuracy_text(found))
 
 
+def _reads_text(options: argparse.Namespace) -> bool:
+    from allmlp.checkpoints import run_directory
+
+    return run_directory.read_config(options.run_directory)["model_type"] == run_directory.LANGUAGE
+
+
 def _refuse(options: argparse.Namespace, kind: str, names: Sequence[str]) -> None:
     given = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name)]
     if given:
@@ -290,11 +294,14 @@ def _refuse(options: argparse.Namespace, kind: str, names: Sequence[str]) -> Non
 
 
 def _add_predict(commands: Any) -> None:
-    parser = _command(commands, "predict", _predict, "name the likeliest classes of images")
+    parser = _command(commands, "predict", _predict, "name the likeliest classes of images, or of texts")
     parser.add_argument("run_directory", metavar="RUN", help="a run directory")
-    parser.add_argument("files", nargs="+", metavar="FILE", help="image files, or folders of them")
+    parser.add_argument(
+        "files", nargs="*", metavar="FILE", help="image files, or for a model of text text files; or folders of them"
+    )
+    parser.add_argument("--text", action="append", metavar="TEXT", help="a text; may be repeated")
     _add_size_flags(parser)
-    parser.add_argument("--top-k", type=int, default=3, metavar="K", help="classes per image (default: 3)")
+    parser.add_argument("--top-k", type=int, default=3, metavar="K", help="classes of each (default: 3)")
     parser.add_argument("--strict", action="store_true", help="fail at a file that cannot be read")
     parser.add_argument("--json", action="store_true", help="answer in JSON")
 
@@ -302,19 +309,21 @@ def _add_predict(commands: Any) -> None:
 def _predict(options: argparse.Namespace) -> None:
     from allmlp.training import evaluation
 
-    found = evaluation.predict(
-        options.run_directory,
-        options.files,
-        img_size=options.img_size,
-        patch_kernel=options.patch_kernel,
-        top_k=options.top_k,
-        strict=options.strict,
-    )
+    common = {"top_k": options.top_k, "strict": options.strict}
+    if _reads_text(options):
+        from allmlp.training import language_evaluation
+
+        _refuse(options, "text", ("img_size", "patch_kernel"))
+        found = language_evaluation.predict(options.run_directory, options.files, options.text or (), **common)
+    else:
+        _refuse(options, "images", ("text",))
+        sizes = {"img_size": options.img_size, "patch_kernel": options.patch_kernel}
+        found = evaluation.predict(options.run_directory, options.files, **sizes, **common)
     broken = [f"{entry['file']} ({entry['error']})" for entry in found if "error" in entry]
     if broken:
         logging.getLogger("allmlp").warning("left out %d of %d: %s", len(broken), len(found), ", ".join(broken[:5]))
     if len(broken) == len(found):
-        raise UserError("None of the files can be read as an image.")
+        raise UserError("None of the files can be read.")
     _answer(options, found, lambda: evaluation.predictions_text(found))
 
 

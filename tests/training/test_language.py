@@ -18,7 +18,7 @@ from allmlp.errors import Interrupted, UserError
 from allmlp.language import GMLPForCausalLM, GMLPForMaskedLM, GMLPForSequenceClassification
 from allmlp.training.callbacks import Interruption
 from allmlp.training.language import build_model, parameter_groups, planned_config
-from allmlp.training.language_evaluation import evaluate, generate
+from allmlp.training.language_evaluation import evaluate, generate, predict
 from allmlp.training.language_report import evaluation_text
 from allmlp.training.recipe import RECIPES, Recipe, make_recipe
 from tests.data.texts import TEXT, labelled, write_table, write_text
@@ -159,6 +159,25 @@ def test_a_classifier_of_texts_learns(tmp_path, causal) -> None:
     found = evaluate(str(tmp_path / "run"))
     assert found["accuracy"] == metrics["accuracy"]
     assert "animals" in evaluation_text(found)
+    (tmp_path / "a.txt").write_text("fox dog cat")
+    (tmp_path / "b.txt").write_bytes(b"\xff\xfe")
+    told = predict(str(tmp_path / "run"), [str(tmp_path)], ["oak elm ivy", ""], top_k=1)
+    assert [Path(entry["file"]).name for entry in told[:2]] == ["a.txt", "b.txt"]
+    assert told[0]["predictions"][0]["label"] == "animals"
+    assert told[1]["error"] == "not UTF-8"
+    assert told[2]["text"] == "oak elm ivy"
+    assert told[2]["predictions"][0]["label"] == "plants"
+    assert told[2]["predictions"][0]["probability"] == pytest.approx(classify("oak elm ivy")[0]["score"], abs=1e-5)
+    for files, texts, settings, message in (
+        ([], [], {}, "Nothing to predict"),
+        (["none.txt"], [], {}, "There is no file none.txt"),
+        ([str(tmp_path / "run" / "report")], [], {}, "holds no .txt file"),
+        ([str(tmp_path / "b.txt")], [], {"strict": True}, "b.txt is not UTF-8"),
+        ([], ["\ud800"], {}, "is not UTF-8"),
+        ([], ["a"], {"top_k": 0}, "top_k is 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            predict(str(tmp_path / "run"), files, texts, **settings)
     named = dict(zip(("review", "subject"), labelled(80).values(), strict=True))
     elsewhere = write_table(tmp_path / "named.csv", named)
     columns = {"text_column": "review", "label_column": "subject"}

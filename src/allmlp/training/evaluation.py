@@ -192,24 +192,34 @@ def predict(
     """
     if top_k < 1:
         raise UserError(f"top_k is {top_k}; it must be at least 1.")
+    if not files:
+        raise UserError("Nothing to predict: name image files, or folders of them.")
     model = load_classifier(run, img_size, patch_kernel)
     cfg = model.pretrained_cfg
     names = [str(path) for path in _files(files)]
     images = LabelledImages(sources=names, labels=np.zeros(len(names), dtype=np.int64), names=names)
     readable, reasons = read_all(images, IMAGE_MODES[cfg["input_size"][0]], strict)
-    likeliest: dict[str, list[dict[str, Any]]] = {}
+    predictions: dict[str, list[dict[str, Any]]] = {}
     if len(readable):
         batches = evaluation_batches(readable, cfg)
         logits, _ = logits_of(model, batches)
         reasons |= dict.fromkeys(batches.unreadable(), "broken")
         read = [name for name in readable.names if name not in reasons]
-        best = logits.softmax(1).topk(min(top_k, logits.shape[1]))
-        for name, shares, classes in zip(read, best.values.tolist(), best.indices.tolist(), strict=True):
-            pairs = zip(classes, shares, strict=True)
-            likeliest[name] = [{"label": cfg["label_names"][index], "probability": share} for index, share in pairs]
+        predictions = dict(zip(read, likeliest(logits, cfg["label_names"], top_k), strict=True))
     return [
-        {"file": name, "error": reasons[name]} if name in reasons else {"file": name, "predictions": likeliest[name]}
+        {"file": name, "error": reasons[name]} if name in reasons else {"file": name, "predictions": predictions[name]}
         for name in names
+    ]
+
+
+def likeliest(
+    logits: Float[Tensor, "examples classes"], classes: Sequence[str], top_k: int
+) -> list[list[dict[str, Any]]]:
+    """For each example its `top_k` likeliest classes, `{"label", "probability"}` each, the likeliest first."""
+    best = logits.softmax(1).topk(min(top_k, logits.shape[1]))
+    return [
+        [{"label": classes[i], "probability": share} for i, share in zip(places, shares, strict=True)]
+        for places, shares in zip(best.indices.tolist(), best.values.tolist(), strict=True)
     ]
 
 
@@ -230,10 +240,18 @@ def predictions_text(found: list[dict[str, Any]]) -> str:
     readable = [entry for entry in found if "error" not in entry]
     return table(
         [
-            (entry["file"], *(f"{each['label']} {each['probability']:.1%}" for each in entry["predictions"]))
+            (_shown(entry), *(f"{each['label']} {each['probability']:.1%}" for each in entry["predictions"]))
             for entry in readable
         ]
     )
+
+
+def _shown(entry: dict[str, Any], length: int = 60) -> str:
+    """A file's name, or a text in one line."""
+    if "file" in entry:
+        return entry["file"]
+    text = " ".join(entry["text"].split())
+    return text if len(text) <= length else text[: length - 1] + "…"
 
 
 def load_classifier(
@@ -247,10 +265,7 @@ def load_classifier(
     config = run_directory.read_config(run)
     kind = config["model_type"]
     if kind != run_directory.VISION:
-        way = ""
-        if "GMLPForSequenceClassification" in (config.get("architectures") or ()):
-            way = f" Of texts, transformers tells the classes: pipeline('text-classification', model={str(run)!r})."
-        raise UserError(f"{run} holds a model of type '{kind}', not an image classifier.{way}")
+        raise UserError(f"{run} holds a model of type '{kind}', not an image classifier.")
     model = run_directory.load(run, img_size=img_size, patch_kernel=patch_kernel)
     if not getattr(model, "num_classes", 0):
         raise UserError(f"{run} holds a model without a classifier: it gives features, not classes.")

@@ -23,8 +23,8 @@ from allmlp.data.text_sources import find_texts
 from allmlp.data.tokenization import Tokens, encode, load_tokenizer
 from allmlp.errors import UserError
 from allmlp.language import GMLPForCausalLM
-from allmlp.training.evaluation import accuracy_of, recipe_of, same_data
-from allmlp.training.recipe import LanguageRecipe
+from allmlp.training.evaluation import accuracy_of, likeliest, recipe_of, same_data
+from allmlp.training.recipe import LanguageRecipe, TextClassificationRecipe
 
 _log = logging.getLogger(__name__)
 _LOGITS = 1 << 27  # 512 MiB in float32
@@ -136,7 +136,7 @@ def evaluate(
     if data is None:
         raise UserError(f"{run} does not say what it was trained on; name the data to evaluate on.")
     task = run_directory.task(run)
-    context = min(recipe.context or 2**62 if recipe else 2**62, model.config.max_position_embeddings)
+    context = _context(recipe, model)
     seen = recipe if recipe and same_data(data, own) else None
     found: dict[str, Any] = {"run": str(run), "data": data, "task": task}
     given = {"text_column": text_column, "label_column": label_column}
@@ -162,6 +162,65 @@ def evaluate(
     nats, predicted = text_loss(model, windows, batch_size)
     measures = text_measures(nats, predicted, tokens, masked=masking is not None)
     return {**found, "part": part, "unknown": tokens.unknown, "context": context, **measures}
+
+
+def predict(
+    run: str,
+    files: Sequence[str] = (),
+    texts: Sequence[str] = (),
+    *,
+    top_k: int = 5,
+    strict: bool = False,
+    batch_size: int = 64,
+) -> list[dict[str, Any]]:
+    """The likeliest classes of texts.
+
+    Args:
+        run: A run directory of a classifier of texts.
+        files: Text files, a text each, and folders of `.txt` files.
+        texts: Further texts.
+        top_k: Classes per text.
+        strict: Raise at a file that cannot be read.
+        batch_size: Texts per forward pass.
+
+    Returns:
+        For each file `{"file", "predictions": [{"label", "probability"}, …]}`, the likeliest first, or
+        `{"file", "error"}` where it cannot be read; then the same for each text, under `"text"`.
+
+    Raises:
+        UserError: The run cannot be used, there is no such file or no text at all, or `strict` and one cannot be read.
+    """
+    if top_k < 1:
+        raise UserError(f"top_k is {top_k}; it must be at least 1.")
+    task = run_directory.task(run)
+    if task != TextClassificationRecipe.task:
+        raise UserError(f"{run} holds a model for {task}; it tells no classes.")
+    model = load_model(run)
+    tokenizer = model_tokenizer(run, model)
+    entries: list[dict[str, Any]] = []
+    read: list[str] = []
+    for path in _text_files(files):
+        try:
+            read.append(path.read_text(encoding="utf-8"))
+            entries.append({"file": str(path)})
+        except UnicodeDecodeError as error:
+            if strict:
+                raise UserError(f"{path} is not UTF-8: {error}") from error
+            entries.append({"file": str(path), "error": "not UTF-8"})
+    for text in texts:
+        _check_characters(text, "text")
+        read.append(text)
+        entries.append({"text": text})
+    if not entries:
+        raise UserError("Nothing to predict: name files, or give a text (--text).")
+    if read:
+        context = _context(recipe_of(run, LanguageRecipe), model)
+        unlabelled = LabelledTexts(texts=read, labels=np.zeros(len(read), dtype=np.int64))
+        batches = TextBatches(unlabelled, tokenizer, context)
+        known = [model.config.id2label[i] for i in range(len(model.config.id2label))]
+        found = iter(likeliest(classify(model, batches, batch_size)[0], known, top_k))
+        entries = [entry if "error" in entry else {**entry, "predictions": next(found)} for entry in entries]
+    return entries
 
 
 def generate(
@@ -298,8 +357,7 @@ def _evaluate_classes(
 
 
 def _encoded(number: int, prompt: str, tokenizer: Any, run: str) -> list[int]:
-    if any("\ud800" <= character <= "\udfff" for character in prompt):
-        raise UserError(f"The prompt {prompt!r} is not UTF-8.")
+    _check_characters(prompt, "prompt")
     found = tokenizer(prompt, add_special_tokens=False)
     ids = found["input_ids"]
     if not ids:
@@ -308,6 +366,36 @@ def _encoded(number: int, prompt: str, tokenizer: Any, run: str) -> list[int]:
         span = found.token_to_chars(ids.index(tokenizer.unk_token_id))
         raise UserError(f"The model in {run} does not know {prompt[slice(*span)]!r} in the prompt {prompt!r}.")
     return ids
+
+
+def _check_characters(text: str, what: str) -> None:
+    """Refuse what a shell has passed on of bytes that are no text."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise UserError(f"The {what} {text!r} is not UTF-8.")
+
+
+def _context(recipe: LanguageRecipe | None, model: Any) -> int:
+    """The tokens that a model is given at once: as in training, or all it takes."""
+    most = model.config.max_position_embeddings
+    return min(recipe.context or most, most) if recipe else most
+
+
+def _text_files(files: Sequence[str]) -> list[Path]:
+    paths: list[Path] = []
+    for file in files:
+        path = Path(file)
+        if path.is_dir():
+            inside = sorted(child for child in path.rglob("*.txt") if child.is_file() and child.name[0] != ".")
+            if not inside:
+                raise UserError(f"{file} holds no .txt file.")
+            paths += inside
+        elif path.suffix in (".csv", ".parquet"):
+            raise UserError(f"{file} is a table, not a text: name text files, or give texts (--text).")
+        elif path.is_file():
+            paths.append(path)
+        else:
+            raise UserError(f"There is no file {file}.")
+    return paths
 
 
 def _mask_token(tokenizer: Any, run: str) -> int:
