@@ -71,6 +71,7 @@ def test_a_run_directory_loads_everywhere(written) -> None:
     assert AutoTokenizer.from_pretrained(run).model_max_length == 16
     ids = AutoTokenizer.from_pretrained(run)("line 1", return_tensors="pt").input_ids
     logits = [model.eval()(ids).logits for model in models]
+    assert all(model.config.use_cache for model in models)
     assert all(type(model) is GMLPForCausalLM and not model.training for model in models)
     assert torch.equal(logits[0], logits[1])
     assert torch.equal(logits[0], logits[2])

@@ -106,7 +106,14 @@ class Engine(Trainer):
                 processes=arguments.world_size,
             )
         own.append(DataEpoch([part for part in (self.order, data) if hasattr(part, "set_epoch")]))
+        config: Any = model.config
+        caches = vars(config).get("use_cache")
         super().__init__(model=model.to(arguments.device), args=arguments, callbacks=[*own, *callbacks], **others)
+        # the Trainer turns decoding caches off, also in the configuration that is saved
+        if caches is None:
+            del config.use_cache
+        else:
+            config.use_cache = caches
         self.remove_callback(PrinterCallback)
         if recipe.fsdp and process_count() > 1 and not self.is_fsdp_enabled:
             raise UserError("Accelerate shards over accelerators, and this machine has none: leave --fsdp out.")

@@ -64,7 +64,7 @@ def parse_yaml(text: str) -> Any:
             if isinstance(event, yaml.AliasEvent):
                 line = event.start_mark.line + 1  # pyrefly: ignore[missing-attribute] (events that are parsed have marks)
                 raise ValueError(f"'*{event.anchor}' in line {line} refers to another value")
-        return yaml.load(text, _Loader)  # noqa: S506 plain data alone
+        return _Loader(text).get_single_data()
     # yaml's own constructors of numbers and dates raise whatever they run into
     except Exception as error:
         raise ValueError(str(error) or type(error).__name__) from error
