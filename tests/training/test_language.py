@@ -122,9 +122,9 @@ def test_generate_refuses_in_a_sentence(written) -> None:
         (["l€"], {}, "does not know '€' in the prompt 'l€'"),
         (["the quick brown fox"], {}, "the prompt has 19 tokens and leaves no room in the model's context of 16"),
         (["line"], {"temperature": -1.0}, "temperature and top_k must be at least 0"),
-        (["line"], {"temperature": 1e-9}, "temperature"),
-        (["line"], {"seed": -1}, "seed"),
-        (["\ud800"], {}, "prompt"),
+        (["line"], {"temperature": 1e-9}, "temperature must be 0 or at least 1e-6, got 1e-09"),
+        (["line"], {"seed": -1}, "seed must be a whole number from 0"),
+        (["\ud800"], {}, "The prompt .* is not UTF-8"),
     ):
         with pytest.raises(UserError, match=message):
             generate(run, prompts, **settings)

@@ -125,7 +125,7 @@ def test_an_interrupted_training_resumes_exactly(
 
 def test_a_finished_run_that_is_resumed_stays_as_it_is(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     run = shutil.copytree(finished[0], tmp_path / "run")
-    settings = {**read_settings(run / "recipe.yaml")}
+    settings = read_settings(run / "recipe.yaml")
     del settings["task"]
     again = vision.train(make_recipe(settings, VisionRecipe), run, resume=True)
     for name in ("training_seconds", "images_per_second", "accuracy", "steps", "history"):

@@ -129,6 +129,11 @@ def linear_input_gradient(
     return multiply(torch.matmul, grad, weight)
 
 
+def linear_bias_gradient(grad: Float[Tensor, "*batch written"]) -> Float[Tensor, " written"]:
+    """Of `linear` without activation, given the output's gradient."""
+    return grad.reshape(-1, grad.shape[-1]).sum(0)
+
+
 class _WideningLinear(torch.autograd.Function):
     """A linear map whose factors are kept for backward in the 16 bits they are given in.
 
@@ -148,7 +153,7 @@ class _WideningLinear(torch.autograd.Function):
         return (
             linear_input_gradient(grad, weight) if needs_x else None,
             linear_weight_gradient(grad, x) if needs_weight else None,
-            grad.reshape(-1, grad.shape[-1]).sum(0) if needs_bias else None,
+            linear_bias_gradient(grad) if needs_bias else None,
         )
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from allmlp.ops.execution import is_plain_training
-from allmlp.ops.linear import linear, linear_input_gradient, linear_weight_gradient
+from allmlp.ops.linear import linear, linear_bias_gradient, linear_input_gradient, linear_weight_gradient
 from allmlp.ops.token_linear import bias_gradient, input_gradient, token_linear, weight_gradient
 
 Across = Literal["channels", "tokens", "earlier tokens"]
@@ -28,12 +28,8 @@ class _Map(NamedTuple):
     input_gradient: Callable[[Tensor, Tensor], Tensor]
 
 
-def _channels_bias_gradient(grad: Tensor) -> Tensor:
-    return grad.reshape(-1, grad.shape[-1]).sum(0)
-
-
 _MAPS: dict[Across, _Map] = {
-    "channels": _Map(linear, linear_weight_gradient, _channels_bias_gradient, linear_input_gradient),
+    "channels": _Map(linear, linear_weight_gradient, linear_bias_gradient, linear_input_gradient),
     "tokens": _Map(token_linear, weight_gradient, bias_gradient, input_gradient),
     "earlier tokens": _Map(
         partial(token_linear, causal=True),

@@ -1,6 +1,6 @@
 """What a trained image classifier knows: accuracy on labelled images, classes of unlabelled ones."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +196,7 @@ def predict(
         raise UserError("Nothing to predict: name image files, or folders of them.")
     model = load_classifier(run, img_size, patch_kernel)
     cfg = model.pretrained_cfg
-    names = [str(path) for path in _files(files)]
+    names = [str(path) for path in named_files(files, SUFFIXES, "image")]
     images = LabelledImages(sources=names, labels=np.zeros(len(names), dtype=np.int64), names=names)
     readable, reasons = read_all(images, IMAGE_MODES[cfg["input_size"][0]], strict)
     predictions: dict[str, list[dict[str, Any]]] = {}
@@ -301,25 +301,27 @@ def relabelled(images: LabelledImages, names: Sequence[str], known: Sequence[str
     return LabelledImages(sources=images.sources, labels=index[images.labels], names=images.names)
 
 
-def _files(files: Sequence[str]) -> list[Path]:
+def named_files(files: Sequence[str], suffixes: Container[str], what: str) -> list[Path]:
+    """These files, and those of their kind in these folders.
+
+    Raises:
+        UserError: One does not exist, or a folder holds none of its kind.
+    """
     paths: list[Path] = []
     for file in files:
         path = Path(file)
         if path.is_dir():
-            inside = sorted(child for child in path.rglob("*") if _is_image(child))
+            # hidden files, such as macOS adds, are none
+            visible = (child for child in path.rglob("*") if child.is_file() and not child.name.startswith("."))
+            inside = sorted(child for child in visible if child.suffix.lower() in suffixes)
             if not inside:
-                raise UserError(f"{file} holds no image.")
+                raise UserError(f"{file} holds no {what}.")
             paths += inside
         elif path.exists():
             paths.append(path)
         else:
             raise UserError(f"There is no file {file}.")
     return paths
-
-
-def _is_image(path: Path) -> bool:
-    # hidden files, such as macOS adds, are none
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
 def same_data(first: str, second: str | None) -> bool:

@@ -23,7 +23,7 @@ from allmlp.data.text_sources import find_texts
 from allmlp.data.tokenization import Tokens, encode, load_tokenizer
 from allmlp.errors import UserError
 from allmlp.language import GMLPForCausalLM
-from allmlp.training.evaluation import accuracy_of, likeliest, recipe_of, same_data
+from allmlp.training.evaluation import accuracy_of, likeliest, named_files, recipe_of, same_data
 from allmlp.training.recipe import LanguageRecipe, TextClassificationRecipe
 
 _log = logging.getLogger(__name__)
@@ -199,7 +199,9 @@ def predict(
     tokenizer = model_tokenizer(run, model)
     entries: list[dict[str, Any]] = []
     read: list[str] = []
-    for path in _text_files(files):
+    for path in named_files(files, (".txt",), ".txt file"):
+        if path.suffix in (".csv", ".parquet"):
+            raise UserError(f"{path} is a table, not a text: name text files, or give texts (--text).")
         try:
             read.append(path.read_text(encoding="utf-8"))
             entries.append({"file": str(path)})
@@ -378,24 +380,6 @@ def _context(recipe: LanguageRecipe | None, model: Any) -> int:
     """The tokens that a model is given at once: as in training, or all it takes."""
     most = model.config.max_position_embeddings
     return min(recipe.context or most, most) if recipe else most
-
-
-def _text_files(files: Sequence[str]) -> list[Path]:
-    paths: list[Path] = []
-    for file in files:
-        path = Path(file)
-        if path.is_dir():
-            inside = sorted(child for child in path.rglob("*.txt") if child.is_file() and child.name[0] != ".")
-            if not inside:
-                raise UserError(f"{file} holds no .txt file.")
-            paths += inside
-        elif path.suffix in (".csv", ".parquet"):
-            raise UserError(f"{file} is a table, not a text: name text files, or give texts (--text).")
-        elif path.is_file():
-            paths.append(path)
-        else:
-            raise UserError(f"There is no file {file}.")
-    return paths
 
 
 def _mask_token(tokenizer: Any, run: str) -> int:
