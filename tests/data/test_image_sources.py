@@ -73,6 +73,15 @@ def test_untyped_columns_are_found_by_shape_and_name(tmp_path: Path) -> None:
     assert splits["train"].labels.tolist() == [1, 0, 0]
 
 
+@pytest.mark.parametrize("named", [{"image_column": "photo"}, {"label_column": "photo"}])
+def test_what_is_no_table_has_no_columns(tmp_path: Path, named: dict[str, str]) -> None:
+    write_classes(tmp_path / "folder", each=1)
+    for data in (str(tmp_path / "folder"), image_sources.DIGITS):
+        assert not image_sources.is_table(data)
+        with pytest.raises(UserError, match=f"is no table, .* 'photo'; leave --{next(iter(named))[:5]}-column out"):
+            image_sources.find(data, **named)
+
+
 def test_columns_can_be_named_and_must_exist(tmp_path: Path) -> None:
     rows = _rows(1)
     two = datasets.Features(

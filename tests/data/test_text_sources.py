@@ -1,6 +1,7 @@
 import pytest
 
 from allmlp.data import text_sources
+from allmlp.data.labelled_texts import read_labelled_texts
 from allmlp.data.text_sources import STDLIB, TextFile, find_texts, read_tables, standard_library
 from allmlp.errors import UserError
 from tests.data.texts import LINES, TEXT, write_table, write_text
@@ -51,6 +52,15 @@ def test_a_folder_of_texts_has_separate_documents(tmp_path) -> None:
     assert part.separated
     first, last = part.cut(0.3)
     assert (list(first), list(last)) == (["one", "two"], [""])
+
+
+def test_what_is_no_table_has_no_columns(tmp_path) -> None:
+    path = write_text(tmp_path / "a.txt", "one")
+    for data in (path, str(tmp_path), STDLIB):
+        with pytest.raises(UserError, match="is no table, so it has no column 'story'; leave --text-column out"):
+            find_texts(data, "story")
+        with pytest.raises(UserError, match=r"is no table; texts with classes come from .parquet and .csv files"):
+            read_labelled_texts(data)
 
 
 @pytest.mark.parametrize("name", ["rows.parquet", "rows.csv"])

@@ -1,8 +1,10 @@
 """Measuring and predicting with a run."""
 
 import json
+import shutil
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 
@@ -74,6 +76,19 @@ def test_other_data_is_matched_by_class_names(run: Path, tmp_path: Path) -> None
     write_classes(tmp_path / "both" / "val", each=2)
     found = evaluate(str(run), str(tmp_path / "both"))
     assert (found["part"], found["images"]) == ("validation", 6)
+
+
+def test_the_trainings_columns_are_those_of_tables(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    with (tmp_path / "run" / "recipe.yaml").open("a") as file:
+        file.write("image_column: photo\n")
+    folder = str(write_classes(tmp_path / "some", each=2))
+    assert evaluate(str(tmp_path / "run"), folder)["images"] == 6
+    with pytest.raises(UserError, match="is no table, so it has no column 'picture'; leave --image-column out"):
+        evaluate(str(tmp_path / "run"), folder, image_column="picture")
+    datasets.Dataset.from_dict({"text": ["a"], "label": ["red"]}).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="has no column 'photo'"):
+        evaluate(str(tmp_path / "run"), str(tmp_path / "a.parquet"))
 
 
 def test_unknown_classes_are_refused(run: Path, tmp_path: Path) -> None:

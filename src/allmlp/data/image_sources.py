@@ -18,6 +18,7 @@ from allmlp.data.shards import (
     find_shards,
     first_columns,
     measured,
+    refuse_columns,
     refuse_missing_path,
     split_names,
 )
@@ -33,12 +34,13 @@ def find(data: str, image_column: str | None = None, label_column: str | None = 
     """Recognises what `data` names and lists its images; see `allmlp.data.images.load_images`.
 
     Raises:
-        UserError: There is no such data, or it has no labelled images.
+        UserError: There is no such data, it has no labelled images, or a column is named and it is no table.
     """
+    if not is_table(data):
+        refuse_columns(data, image_column=image_column, label_column=label_column)
     if data == DIGITS:
         return digits()
-    path = Path(data).expanduser()
-    shards = find_shards(data if "://" in data else str(path))
+    path, shards = Path(data).expanduser(), _shards(data)
     if shards:
         return table(shards, data, image_column, label_column)
     if path.is_file():
@@ -49,6 +51,15 @@ def find(data: str, image_column: str | None = None, label_column: str | None = 
         return folder(path)
     refuse_missing_path(data)
     return hub(data, image_column, label_column)
+
+
+def is_table(data: str) -> bool:
+    """Whether `data` has columns: shards, or a dataset of the Hub."""
+    return data != DIGITS and bool(_shards(data) or not Path(data).expanduser().exists())
+
+
+def _shards(data: str) -> dict[str, tuple[str, ...]]:
+    return find_shards(data if "://" in data else str(Path(data).expanduser()))
 
 
 def digits() -> Found:

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from allmlp.data import NAMES
 from allmlp.data.sampling import hold_out, ignored
 from allmlp.data.shards import check_class_column
-from allmlp.data.text_sources import Documents, read_tables, text_and_label
+from allmlp.data.text_sources import Documents, is_table, read_tables, text_and_label
 from allmlp.errors import UserError
 
 
@@ -54,6 +54,8 @@ def read_labelled_texts(
     """
     import datasets
 
+    if not is_table(data):
+        raise UserError(f"{data} is no table; texts with classes come from .parquet and .csv files.")
     tables = read_tables(data)
     text, label = text_and_label(tables["train"].column_names, data, text_column, label_column)
     feature = tables["train"].features[label]

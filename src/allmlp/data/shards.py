@@ -240,6 +240,18 @@ def check_class_column(features: Mapping[str, Any], column: str, data: str) -> N
         raise UserError(f"Column '{column}' of {data} holds no classes, but values of type {kind}.")
 
 
+def refuse_columns(data: str, **columns: str | None) -> None:
+    """Does nothing where no column of `data`, which is no table, is named.
+
+    Raises:
+        UserError: One is.
+    """
+    for name, column in columns.items():
+        if column is not None:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{data} is no table, so it has no column '{column}'; leave {flag} out.")
+
+
 def refuse_missing_path(data: str) -> None:
     """Does nothing where `data`, which is no file or folder, may be a dataset's name on the Hub.
 

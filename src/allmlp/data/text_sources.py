@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from allmlp.data.image_sources import broken_shard
-from allmlp.data.shards import find_shards, refuse_missing_path, split_names
+from allmlp.data.shards import find_shards, refuse_columns, refuse_missing_path, split_names
 from allmlp.errors import UserError, first_line
 
 STDLIB = "python-stdlib"
@@ -136,23 +136,32 @@ def find_texts(data: str, text_column: str | None = None) -> dict[str, Texts]:
         The texts of `train` and, where the data has one, of `validation`.
 
     Raises:
-        UserError: there is no such data, or it has no text.
+        UserError: there is no such data, it has no text, or a column is named and it is no table.
     """
+    if is_table(data):
+        tables = read_tables(data)
+        column = _column(tables["train"].column_names, data, text_column, TEXT_COLUMNS, "text", "--text-column")
+        return {split: Documents(texts=_Column(table, column), name=data) for split, table in tables.items()}
+    refuse_columns(data, text_column=text_column)
     if data == STDLIB:
         return {"train": standard_library()}
     path = Path(data).expanduser()
-    if path.is_file() and path.suffix not in (".parquet", ".csv"):
+    if path.is_file():
         if path.stat().st_size == 0:
             raise UserError(f"{data} is empty.")
         return {"train": TextFile(path=path, start=0, stop=path.stat().st_size)}
-    if path.is_dir() and not any(path.rglob("*.parquet")):
-        files = sorted(file for file in path.rglob("*.txt") if file.is_file())
-        if not files:
-            raise UserError(f"{data} holds neither .txt nor .parquet files.")
-        return {"train": Documents(texts=files, name=data)}
-    tables = read_tables(data)
-    column = _column(tables["train"].column_names, data, text_column, TEXT_COLUMNS, "text", "--text-column")
-    return {split: Documents(texts=_Column(table, column), name=data) for split, table in tables.items()}
+    files = sorted(file for file in path.rglob("*.txt") if file.is_file())
+    if not files:
+        raise UserError(f"{data} holds neither .txt nor .parquet files.")
+    return {"train": Documents(texts=files, name=data)}
+
+
+def is_table(data: str) -> bool:
+    """Whether `data` has columns: parquet and CSV files, or a dataset of the Hub."""
+    path = Path(data).expanduser()
+    if path.is_dir():
+        return data != STDLIB and any(path.rglob("*.parquet"))
+    return data != STDLIB and (path.suffix in (".parquet", ".csv") or not path.is_file())
 
 
 def standard_library() -> Documents:

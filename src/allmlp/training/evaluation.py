@@ -14,14 +14,14 @@ from tqdm import tqdm
 
 from allmlp.checkpoints import run_directory
 from allmlp.checkpoints.run_directory import TimmModel
-from allmlp.data import as_is
+from allmlp.data import as_is, image_sources
 from allmlp.data.image_batches import ImageBatches, evaluation_transform
 from allmlp.data.images import IMAGE_MODES, load_images, read_all, read_images
 from allmlp.data.labelled_images import SUFFIXES, LabelledImages
 from allmlp.data.sampling import IGNORED
 from allmlp.errors import UserError
 from allmlp.tables import table
-from allmlp.training.recipe import RECIPES, RecipeT, VisionRecipe, make_recipe, read_settings
+from allmlp.training.recipe import RECIPES, Recipe, RecipeT, VisionRecipe, make_recipe, read_settings
 
 
 def evaluation_batches(images: LabelledImages, cfg: dict[str, Any]) -> ImageBatches:
@@ -125,7 +125,7 @@ def evaluate(
         batch_size: Images per forward pass.
         strict: Raise at an image that cannot be read.
         workers: Processes that prepare images.
-        image_column: Column of the images in a table, as in training by default.
+        image_column: Column of the images in a table, by default as in training.
         label_column: Column of the classes in a table, likewise.
 
     Returns:
@@ -140,8 +140,9 @@ def evaluate(
     data = data or (recipe.data if recipe else None)
     if data is None:
         raise UserError(f"{run} does not say what it was trained on; name the data to evaluate on.")
-    given = {"image_column": image_column, "label_column": label_column}
-    columns = {name: column or getattr(recipe, name, None) for name, column in given.items()}
+    columns = {"image_column": image_column, "label_column": label_column}
+    if image_sources.is_table(data):
+        columns = trained_columns(recipe, columns)
     channels = cfg["input_size"][0]
     if recipe and same_data(data, recipe.data):
         seen = load_images(
@@ -283,6 +284,11 @@ def recipe_of(run: str, kind: type[RecipeT]) -> RecipeT | None:
             found = RECIPES.get(str(settings.pop("task", None)))
             return make_recipe(settings, found, str(path)) if found and issubclass(found, kind) else None
     return None
+
+
+def trained_columns(recipe: Recipe | None, given: dict[str, str | None]) -> dict[str, str | None]:
+    """The columns of a table: those given, else those of the training."""
+    return {name: column or getattr(recipe, name, None) for name, column in given.items()}
 
 
 def relabelled(images: LabelledImages, names: Sequence[str], known: Sequence[str], data: str) -> LabelledImages:

@@ -15,15 +15,14 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from allmlp.checkpoints import run_directory
-from allmlp.data import as_is
+from allmlp.data import as_is, text_sources
 from allmlp.data.labelled_texts import LabelledTexts, TextBatches, load_labelled_texts, read_labelled_texts
 from allmlp.data.sampling import IGNORED
 from allmlp.data.text import Masking, TokenWindows
-from allmlp.data.text_sources import find_texts
 from allmlp.data.tokenization import Tokens, encode, load_tokenizer
 from allmlp.errors import UserError
 from allmlp.language import GMLPForCausalLM
-from allmlp.training.evaluation import accuracy_of, likeliest, named_files, recipe_of, same_data
+from allmlp.training.evaluation import accuracy_of, likeliest, named_files, recipe_of, same_data, trained_columns
 from allmlp.training.recipe import LanguageRecipe, TextClassificationRecipe
 
 _log = logging.getLogger(__name__)
@@ -139,13 +138,14 @@ def evaluate(
     context = _context(recipe, model)
     seen = recipe if recipe and same_data(data, own) else None
     found: dict[str, Any] = {"run": str(run), "data": data, "task": task}
-    given = {"text_column": text_column, "label_column": label_column}
-    columns = {name: column or getattr(recipe, name, None) for name, column in given.items()}
+    columns = {"text_column": text_column, "label_column": label_column}
+    if text_sources.is_table(data):
+        columns = trained_columns(recipe, columns)
     if task == "text-classification":
         return found | _evaluate_classes(model, tokenizer, data, seen, columns, context, batch_size)
     if label_column is not None:
         raise UserError(f"{run} holds a model for {task}: it has no labels, leave --label-column out.")
-    splits = find_texts(data, columns["text_column"])
+    splits = text_sources.find_texts(data, columns["text_column"])
     part, text = next(reversed(splits.items()))
     if len(splits) == 1:
         part = "all"
