@@ -3,8 +3,8 @@
     python benchmarks/causal.py
 
 A few minutes on two cores, float32; writes results/causal.json and the tables of docs/speed.md (`--page`: measures
-nothing, writes the page from the results). The language model is g-mlp-pytorch's, 4 layers of width 256, both sides
-with the same weights; the outputs are compared before anything is timed.
+nothing, writes the page from the results). The language model is g-mlp-pytorch's, 4 layers of width 256 with one and
+with four spatial heads, both sides with the same weights; the outputs are compared before anything is timed.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 LENGTHS = (256, 512, 1024, 2048, 4096)
+MODELS = tuple((length, heads) for heads in (1, 4) for length in LENGTHS[:-1])
 RESULTS = Path(__file__).parent / "results" / "causal.json"
 PAGE = Path(__file__).parents[1] / "docs" / "speed.md"
 NEVER = 2**62
@@ -39,8 +40,8 @@ def measure(rounds: int) -> None:
     for length in LENGTHS:
         products.append({"length": length, **times_of_products(length, rounds)})
         print(products[-1], flush=True)
-    for length in LENGTHS[:-1]:
-        models.append({"length": length, **times_of_models(length, rounds)})
+    for length, heads in MODELS:
+        models.append({"length": length, "heads": heads, **times_of_models(length, heads, rounds)})
         print(models[-1], flush=True)
     write_json(RESULTS, {"machine": machine(), "products": products, "models": models})
 
@@ -68,7 +69,7 @@ def times_of_products(length: int, rounds: int) -> dict[str, Any]:
     return found
 
 
-def times_of_models(length: int, rounds: int) -> dict[str, Any]:
+def times_of_models(length: int, heads: int, rounds: int) -> dict[str, Any]:
     """Milliseconds of allmlp, and the times of whole products and of the peer over it, for a training step's passes."""
     import torch
     from g_mlp_pytorch import gMLP
@@ -77,7 +78,7 @@ def times_of_models(length: int, rounds: int) -> dict[str, Any]:
     from allmlp.timing import time_in_turn
 
     torch.manual_seed(0)
-    theirs = gMLP(num_tokens=256, dim=256, depth=4, seq_len=length, causal=True).eval()
+    theirs = gMLP(num_tokens=256, dim=256, depth=4, seq_len=length, heads=heads, causal=True).eval()
     ours = convert_state_dict(theirs.state_dict(), facts={"causal": True, "gate_act": "none"}).model.eval()
     ids = torch.randint(256, (2, length))
 
@@ -131,13 +132,13 @@ def write_page(results: dict[str, Any]) -> None:
     lines.append("|---" + "|---:" * len(results["products"]) + "|")
     for work in ("forward", "input's gradient", "weight's gradient"):
         lines.append(f"| {work} | " + " | ".join(f"{row[work]['blocks']:.2f}" for row in results["products"]) + " |")
-    lines += ["", "| language model, tokens | | ms | whole products / allmlp | g-mlp-pytorch / allmlp |"]
-    lines.append("|---:|---|---:|---:|---:|")
+    lines += ["", "| language model, tokens | heads | | ms | whole products / allmlp | g-mlp-pytorch / allmlp |"]
+    lines.append("|---:|---:|---|---:|---:|---:|")
     for row in results["models"]:
         for work in ("inference", "forward and backward"):
             figures = row[work]
             ratios = f"{figures['whole']:.2f} | {figures['g-mlp-pytorch']:.2f}"
-            lines.append(f"| {row['length']:,} | {work} | {figures['ms']:.0f} | {ratios} |")
+            lines.append(f"| {row['length']:,} | {row['heads']} | {work} | {figures['ms']:.0f} | {ratios} |")
     facts = results["machine"]
     described = f"{facts['processor']}, {facts['threads']} threads, torch {facts['versions']['torch']}."
     replace_part(PAGE, "causal", "\n".join(lines) + f"\n\n{described}")

@@ -3,9 +3,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils.flop_counter import FlopCounterMode
 
-from allmlp.ops import normalized_spatial_gating_reference, spatial_gating, spatial_gating_reference
-from allmlp.ops.spatial_gating import normalized_projection
+from allmlp.ops import normalized_spatial_gating_reference, spatial_gating, spatial_gating_reference, toeplitz_product
+from allmlp.ops.spatial_gating import normalized_projection, spatial_projection
 from tests.tolerances import assert_close
 
 
@@ -41,6 +42,45 @@ def test_output_and_gradients_follow_the_float64_reference(heads, written, read,
     grads = torch.autograd.grad(out, arguments, upstream.to(dtype))
     for grad, reference in zip(grads, torch.autograd.grad(expected, exact, upstream), strict=True):
         assert_close(grad, reference)
+
+
+@pytest.mark.parametrize("tokens", [127, 128])
+@pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_heads_one_by_one_and_all_at_once(batch: int, causal: bool, tokens: int) -> None:
+    shapes = [(batch, tokens, 6), (3, tokens, tokens), (3, tokens)]
+    v, weight, bias = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+    out = spatial_projection(v, weight, bias, causal=causal)
+    expected = spatial_gating_reference(torch.ones_like(v), v, weight.tril() if causal else weight, bias)
+    assert_close(out, expected)
+    upstream = torch.randn_like(expected)
+    grads = torch.autograd.grad(out, [v, weight, bias], upstream)
+    for grad, reference in zip(grads, torch.autograd.grad(expected, [v, weight, bias], upstream), strict=True):
+        assert_close(grad, reference)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("toeplitz", [False, True], ids=["dense", "toeplitz"])
+def test_long_causal_products_of_any_heads_leave_work_out(heads: int, toeplitz: bool) -> None:
+    v, bias = torch.randn(2, 1000, 8), torch.ones(heads, 1)
+    weight = torch.randn(heads, 1999) if toeplitz else torch.randn(heads, 1000, 1000)
+    work = []
+    for causal in (False, True):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            if toeplitz:
+                toeplitz_product(weight, v, bias, causal=causal, backend="dense")
+            else:
+                spatial_projection(v, weight, bias, causal=causal)
+        work.append(counter.get_total_flops())
+    assert 0.5 < work[1] / work[0] < 0.6
+
+
+def test_heads_share_one_copy_of_the_weight() -> None:
+    v, weight, bias = torch.randn(8, 256, 4), torch.randn(2, 256, 256, requires_grad=True), torch.ones(2, 256)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        spatial_projection(v, weight, bias)
+    assert sum(kept) <= weight.numel() + v.numel()
 
 
 def test_one_bias_serves_all_tokens() -> None:

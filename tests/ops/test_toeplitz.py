@@ -33,12 +33,15 @@ def test_matrix_has_the_lags_on_its_diagonals(trained, tokens, causal) -> None:
 @pytest.mark.parametrize("backend", ["dense", "fft"])
 def test_output_and_gradients_follow_the_reference(backend, heads, trained, tokens, causal) -> None:
     lags, v = inputs(trained, tokens, heads)
-    out = toeplitz_product(lags, v, causal=causal, backend=backend)
+    bias = torch.randn(heads, 1, dtype=torch.float64, requires_grad=True)
     expected = toeplitz_product_reference(lags, v, causal=causal)
+    assert_close(toeplitz_product(lags, v, causal=causal, backend=backend), expected)
+    out = toeplitz_product(lags, v, bias, causal=causal, backend=backend)
+    expected = expected + bias.repeat_interleave(v.shape[-1] // heads)
     assert_close(out, expected)
     upstream = torch.randn_like(expected)
-    grads = torch.autograd.grad(out, [lags, v], upstream)
-    for grad, reference in zip(grads, torch.autograd.grad(expected, [lags, v], upstream), strict=True):
+    grads = torch.autograd.grad(out, [lags, v, bias], upstream)
+    for grad, reference in zip(grads, torch.autograd.grad(expected, [lags, v, bias], upstream), strict=True):
         assert_close(grad, reference)
 
 

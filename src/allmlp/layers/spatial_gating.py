@@ -221,9 +221,8 @@ class SpatialGatingUnit(GridBound):
                 weight, bias = self._decoding_rows(past, tokens, kept.shape[1])
                 return finished_gate(spatial_projection(kept, weight, bias), residual, self.gate_act)
         if self.toeplitz and mask is None:
-            gate = toeplitz_product(self.weight, v, causal=self.causal)
-            bias = self.bias.repeat_interleave(gate.shape[-1] // self.bias.shape[0])
-            return finished_gate(gate.add_(bias), residual, self.gate_act)
+            gate = toeplitz_product(self.weight, v, self.bias, causal=self.causal)
+            return finished_gate(gate, residual, self.gate_act)
         bias = _leading(self.bias, tokens, 1) if not self.toeplitz else self.bias
         causal = self.causal and mask is None
         projection = spatial_projection(v, self._matrix(tokens, mask), bias, causal=causal)

@@ -76,16 +76,25 @@ def spatial_projection(
 ) -> Float[Tensor, "batch written channels"]:
     """`W v + b` of `spatial_gating`, a fresh tensor; causal, of what `W` holds up to its diagonal."""
     heads = weight.shape[-3]
-    if heads == 1 and weight.dim() == 3 and bias.dim() == 2:
-        return token_linear(v, weight.squeeze(0), bias.squeeze(0), causal=causal)
+    if weight.dim() == 3 and bias.dim() == 2 and (heads == 1 or _gains_head_by_head(v, weight, causal)):
+        parts = [
+            token_linear(v_BNP, w_MN, b_M, causal=causal)
+            for v_BNP, w_MN, b_M in zip(v.chunk(heads, dim=-1), weight, bias, strict=True)
+        ]
+        return parts[0] if heads == 1 else torch.cat(parts, dim=-1)
     weight = weight.tril() if causal else weight
     if heads == 1:
         gate = multiply(torch.matmul, weight.squeeze(-3), v)
-        return _added(gate, bias.squeeze(-2).unsqueeze(-1))
+        return added(gate, bias.squeeze(-2).unsqueeze(-1))
     v_BHNP = v.unflatten(-1, (heads, -1)).transpose(1, 2)
     gate_BHMP = multiply(torch.matmul, weight, v_BHNP)
-    gate_BHMP = _added(gate_BHMP, bias.unsqueeze(-1))
+    gate_BHMP = added(gate_BHMP, bias.unsqueeze(-1))
     return gate_BHMP.transpose(1, 2).flatten(2)
+
+
+def _gains_head_by_head(v: Tensor, weight: Tensor, causal: bool) -> bool:
+    """Whether a product for each head takes less time than one for all, which copies `W` once a sample and `v` once."""
+    return weight.shape[-2] >= _MANY_TOKENS and (causal or v.shape[0] > 1) and not torch.compiler.is_exporting()
 
 
 def finished_gate(
@@ -95,7 +104,7 @@ def finished_gate(
 ) -> Float[Tensor, "batch tokens channels"]:
     """`act(gate + residual)`. The gate is taken over: it must be a fresh tensor that nobody else reads."""
     if residual is not None:
-        gate = _added(gate, residual)
+        gate = added(gate, residual)
     return gate if gate_act is None else gate_act(gate)
 
 
@@ -109,9 +118,12 @@ def apply_gate(
     return gate.mul_(u)
 
 
-def _added(gate: Tensor, x: Tensor) -> Tensor:
-    """Where the gate lies; under vmap `x` alone may have the mapped axis, which has no place there."""
-    return gate + x if is_transformed() else gate.add_(x)
+def added(gate: Tensor, x: Tensor) -> Tensor:
+    """`gate + x` in the gate's dtype, where the gate lies.
+
+    Under vmap `x` alone may have the mapped axis, which has no place there.
+    """
+    return (gate + x).to(gate.dtype) if is_transformed() else gate.add_(x)
 
 
 def normalized_spatial_gating_reference(
@@ -193,3 +205,7 @@ def normalized_projection(
 
 def _layer_norm(eps: float, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return F.layer_norm(x, scale.shape, scale, shift, eps)
+
+
+# From this many tokens on a call for each head costs less than the copies.
+_MANY_TOKENS = 128

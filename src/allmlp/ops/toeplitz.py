@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from allmlp.ops.products import multiply
+from allmlp.ops.spatial_gating import added, spatial_projection
 
 Backend = Literal["auto", "dense", "fft"]
 
@@ -57,17 +57,19 @@ def toeplitz_matrix(
 def toeplitz_product(
     lags: Float[Tensor, "heads lags"],
     v: Float[Tensor, "batch tokens channels"],
+    bias: Float[Tensor, "heads 1"] | None = None,
     *,
     causal: bool = False,
     backend: Backend = "auto",
 ) -> Float[Tensor, "batch tokens channels"]:
-    r"""Multiply by Toeplitz matrices across tokens, `y_i = Σ_j w[i − j] v_j`, head by head.
+    r"""Multiply by Toeplitz matrices across tokens, `y_i = Σ_j w[i − j] v_j + b`, head by head.
 
     The dense product takes O(N²·E) multiply-adds; the FFT, a linear convolution by zero padding, O(E·N·log N).
 
     Args:
         lags: `w`, 2n − 1 per head from `w[−(n−1)]` to `w[n−1]`.
         v: any floating dtype; the FFT runs in float32 for 16-bit inputs, the dense product accumulates in float32.
+        bias: `b`, one number a head; None for none.
         causal: read tokens `j ≤ i` only. Through the FFT a later token still moves earlier results by rounding.
         backend: `"auto"` takes the FFT from `FFT_TOKENS` tokens on, except while the model is traced for export.
 
@@ -81,14 +83,12 @@ def toeplitz_product(
     if backend == "auto":
         backend = "dense" if torch.compiler.is_exporting() or tokens < FFT_TOKENS else "fft"
     if backend == "dense":
-        weight = toeplitz_matrix(lags, tokens, causal=causal)
-        if lags.shape[0] == 1:
-            return multiply(torch.matmul, weight[0], v)
-        v_BHNP = v.unflatten(-1, (lags.shape[0], -1)).transpose(1, 2)
-        return multiply(torch.matmul, weight, v_BHNP).transpose(1, 2).flatten(2)
+        bias = lags.new_zeros(lags.shape[0], 1) if bias is None else bias
+        return spatial_projection(v, toeplitz_matrix(lags, tokens), bias, causal=causal)
     if backend == "fft":
         with torch.autocast(v.device.type, enabled=False):
-            return _fft_product(lags, v, causal)
+            y = _fft_product(lags, v, causal)
+            return y if bias is None else added(y, bias.repeat_interleave(v.shape[-1] // lags.shape[0]))
     raise ValueError(f"backend must be 'auto', 'dense' or 'fft', got {backend!r}")
 
 
