@@ -138,7 +138,8 @@ def _add_train(commands: Any) -> None:
         metavar="DATA",
         default=argparse.SUPPRESS,
         help="images: digits, a folder of class folders; text: python-stdlib, a text file, a folder of them, a CSV "
-        "file; either: parquet files, or a Hub dataset's name; may be left out where the recipe names it",
+        "or JSON Lines file; either: parquet or tar files, or a Hub dataset's name; may be left out where the recipe "
+        "names it",
     )
     parser.add_argument(
         "--task", choices=RECIPES, default=argparse.SUPPRESS, help="what to learn (default: what the model is for)"

@@ -46,10 +46,8 @@ def test_batches_are_padded_and_cut() -> None:
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        (
-            {"text": ["a", "b"], "label": ["x", "x"]},
-            "has 1 class in column 'label'",
-        ),
+        ({"text": ["a", "b"], "label": ["x", None]}, r"Row 1 of .* \(train\) has no class in column 'label'"),
+        ({"text": ["a", "b"], "label": ["x", ""]}, r"Row 1 of .* \(train\) has no class in column 'label'"),
         ({"text": ["a", None], "label": ["x", "y"]}, r"Row 1 of .* \(train\) has no text in column 'text'"),
         ({"text": ["a", "b"], "kind": ["x", "y"]}, "no column of classes with a usual name.*--label-column"),
     ],
@@ -63,6 +61,19 @@ def test_lists_are_no_classes(tmp_path) -> None:
     path = write_table(tmp_path / "rows.parquet", {"text": ["a", "b"], "label": [[1], [2]]})
     with pytest.raises(UserError, match=r"Column 'label' of .*rows.parquet holds no classes, but values of type list"):
         read_labelled_texts(path)
+
+
+def test_classes_of_a_csv_file_may_have_any_name(tmp_path) -> None:
+    names = ["NA", "None", "10", "9", "-1"]
+    path = write_table(tmp_path / "rows.csv", {"text": list("abcde"), "label": names})
+    assert read_labelled_texts(path)[0] == ("9", "10", "-1", "NA", "None")
+
+
+def test_one_class_can_be_evaluated_and_not_learnt(tmp_path) -> None:
+    path = write_table(tmp_path / "rows.parquet", {"text": ["a", "b"], "label": ["x", "x"]})
+    assert read_labelled_texts(path)[0] == ("x",)
+    with pytest.raises(UserError, match="has 1 class; telling texts apart takes at least two"):
+        load_labelled_texts(path, holdout=0.5, seed=0)
 
 
 def test_unknown_classes_and_single_texts_are_refused(tmp_path) -> None:

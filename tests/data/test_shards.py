@@ -124,11 +124,21 @@ def test_splits_are_told_from_names(tmp_path: Path) -> None:
     found = find_shards(str(tmp_path))
     assert [Path(file).name for file in found["train"]] == ["imagenet1k-train-0000.tar"]
     assert [Path(file).name for file in found["validation"]] == ["imagenet1k-validation-00.tar"]
+    # as of a data set with splits, the first that is meant for validation, and no other
+    for name in ("imagenet1k-test-00", "imagenet1k-dev-00"):
+        (tmp_path / f"{name}.tar").touch()
+    assert find_shards(str(tmp_path)) == found
     (tmp_path / "more.parquet").touch()
     with pytest.raises(UserError, match="holds both"):
         find_shards(str(tmp_path))
     with pytest.raises(UserError, match="memory://nothing holds no shards"):
         find_shards("memory://nothing")
+
+
+def test_where_none_is_for_training_all_are(tmp_path: Path) -> None:
+    for name in ("val-0", "test-0"):
+        (tmp_path / f"{name}.tar").touch()
+    assert [Path(file).name for file in find_shards(str(tmp_path))["train"]] == ["test-0.tar", "val-0.tar"]
 
 
 def test_known_lengths_spare_looking_into_tar_files(tmp_path: Path) -> None:

@@ -1,3 +1,6 @@
+import io
+import tarfile
+
 import pytest
 
 from allmlp.data import text_sources
@@ -59,8 +62,76 @@ def test_what_is_no_table_has_no_columns(tmp_path) -> None:
     for data in (path, str(tmp_path), STDLIB):
         with pytest.raises(UserError, match="is no table, so it has no column 'story'; leave --text-column out"):
             find_texts(data, "story")
-        with pytest.raises(UserError, match=r"is no table; texts with classes come from .parquet and .csv files"):
+        with pytest.raises(UserError, match=r"is no table; texts with classes come from"):
             read_labelled_texts(data)
+
+
+@pytest.mark.parametrize("rest", ["", "/of/more"])
+def test_a_folder_of_texts_may_have_splits(tmp_path, rest) -> None:
+    for split in ("train", "val", "test", "notes"):
+        (tmp_path / f"{split}{rest}").mkdir(parents=True)
+        write_text(tmp_path / f"{split}{rest}" / "a.txt", split)
+    assert {split: list(part) for split, part in find_texts(str(tmp_path)).items()} == {
+        "train": ["train"],
+        "validation": ["val"],
+    }
+
+
+def test_split_files_are_one_text_each(tmp_path) -> None:
+    for split in ("train", "Valid", "test"):
+        write_text(tmp_path / f"{split}.txt", split)
+    found = find_texts(str(tmp_path))
+    assert {split: "".join(part) for split, part in found.items()} == {"train": "train", "validation": "Valid"}
+    assert not any(part.separated for part in found.values())
+    # other names are no splits
+    (tmp_path / "train.txt").rename(tmp_path / "training_log.txt")
+    assert len(list(find_texts(str(tmp_path))["train"])) == 3
+
+
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.zip", "a.ZST"])
+def test_what_is_packed_is_no_text(tmp_path, name) -> None:
+    with pytest.raises(UserError, match=f"{name} is packed, and its bytes are no text: unpack it"):
+        find_texts(write_text(tmp_path / name, "PK"))
+
+
+def write_tar(path, texts: list[bytes]) -> str:
+    with tarfile.open(path, "w") as archive:
+        for number, text in enumerate(texts):
+            member = tarfile.TarInfo(f"{number:03}.txt")
+            member.size = len(text)
+            archive.addfile(member, io.BytesIO(text))
+    return str(path)
+
+
+def test_texts_in_tar_files(tmp_path) -> None:
+    write_tar(tmp_path / "train-0.tar", [b"one", "zwö".encode()])
+    path = write_tar(tmp_path / "val-0.tar", [b"three"])
+    found = find_texts(str(tmp_path))
+    assert {split: list(part) for split, part in found.items()} == {"train": ["one", "zwö"], "validation": ["three"]}
+    one = find_texts(path)["train"]
+    assert list(one) == ["three"]
+    with pytest.raises(UserError, match=r"Nothing is held out of shards such as .*val-0.tar: give some for validation"):
+        one.cut(0.5)
+    broken = find_texts(write_tar(tmp_path / "latin.tar", [b"one", b"caf\xe9"]))["train"]
+    with pytest.raises(UserError, match=r"latin.tar.* is not UTF-8: byte 3 is 0xE9; convert the text"):
+        list(broken)
+
+
+def test_a_csv_file_is_taken_at_its_word(tmp_path) -> None:
+    words = ["NA", "None", "null", "007", "1e5", "", "nan"]
+    path = write_text(tmp_path / "rows.CSV", "\n".join(["text,number", *(f'"{word}",3' for word in words)]))
+    assert list(find_texts(path)["train"]) == words
+
+
+def test_json_lines_are_a_table(tmp_path) -> None:
+    path = write_text(tmp_path / "rows.jsonl", '{"text": "one", "n": 1}\n{"text": "two", "n": 2}\n')
+    assert list(find_texts(path)["train"]) == ["one", "two"]
+
+
+def test_rows_are_counted_from_the_whole(tmp_path) -> None:
+    path = write_table(tmp_path / "rows.parquet", {"text": [*LINES[:19], None]})
+    with pytest.raises(UserError, match=r"Row 19 of .* holds no text"):
+        list(find_texts(path)["train"].cut(0.2)[1])
 
 
 @pytest.mark.parametrize("name", ["rows.parquet", "rows.csv"])
@@ -73,6 +144,9 @@ def test_tables_give_a_column_of_texts(tmp_path, name) -> None:
     assert len(list(last)) == 20
     with pytest.raises(UserError, match="has no column 'text'; its columns are number, content"):
         find_texts(path, "text")
+    if name.endswith(".csv"):
+        assert list(find_texts(path, "number")["train"])[:3] == ["0", "1", "2"]
+        return
     with pytest.raises(UserError, match=r"Row 0 of .* holds no text, but int"):
         list(find_texts(path, "number")["train"])
 
@@ -101,7 +175,7 @@ def test_what_cannot_be_found_is_refused(tmp_path) -> None:
     with pytest.raises(UserError, match=r"There is no file or folder ./nothing.txt"):
         find_texts("./nothing.txt")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(UserError, match=r"holds neither .txt nor .parquet files"):
+    with pytest.raises(UserError, match=r"holds neither .txt nor .parquet nor .tar files"):
         find_texts(str(tmp_path / "folder"))
     (tmp_path / "broken.parquet").write_bytes(b"no parquet")
     with pytest.raises(UserError, match=r"broken.parquet cannot be read as text"):

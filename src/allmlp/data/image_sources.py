@@ -40,7 +40,7 @@ def find(data: str, image_column: str | None = None, label_column: str | None = 
         refuse_columns(data, image_column=image_column, label_column=label_column)
     if data == DIGITS:
         return digits()
-    path, shards = Path(data).expanduser(), _shards(data)
+    path, shards = Path(data).expanduser(), find_shards(data)
     if shards:
         return table(shards, data, image_column, label_column)
     if path.is_file():
@@ -55,11 +55,7 @@ def find(data: str, image_column: str | None = None, label_column: str | None = 
 
 def is_table(data: str) -> bool:
     """Whether `data` has columns: shards, or a dataset of the Hub."""
-    return data != DIGITS and bool(_shards(data) or not Path(data).expanduser().exists())
-
-
-def _shards(data: str) -> dict[str, tuple[str, ...]]:
-    return find_shards(data if "://" in data else str(Path(data).expanduser()))
+    return data != DIGITS and bool(find_shards(data) or not Path(data).expanduser().exists())
 
 
 def digits() -> Found:
@@ -222,7 +218,7 @@ def shards_to_stream(data: str, streaming: bool) -> dict[str, tuple[str, ...]]:
         UserError: Streaming is asked for, and there are no shards.
     """
     path = Path(data).expanduser()
-    found = find_shards(data if "://" in data else str(path))
+    found = find_shards(data)
     if not found and streaming:
         if data == DIGITS or path.exists():
             raise UserError(f"{data} cannot be streamed: that takes .parquet or .tar files.")

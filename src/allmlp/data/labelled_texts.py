@@ -45,7 +45,7 @@ def read_labelled_texts(
     """The classes' names, and the texts of `train` and, where the data has one, of `validation`.
 
     Args:
-        data: a parquet or CSV file, a folder of parquet files, or a Hub dataset's name.
+        data: a parquet, CSV or JSON Lines file, a folder of parquet files, or a Hub dataset's name.
         text_column: column of the texts; found by its name where not given.
         label_column: column of the classes; found by its name where not given.
 
@@ -55,7 +55,7 @@ def read_labelled_texts(
     import datasets
 
     if not is_table(data):
-        raise UserError(f"{data} is no table; texts with classes come from .parquet and .csv files.")
+        raise UserError(f"{data} is no table; texts with classes come from .parquet, .csv and .jsonl files.")
     tables = read_tables(data)
     text, label = text_and_label(tables["train"].column_names, data, text_column, label_column)
     feature = tables["train"].features[label]
@@ -65,18 +65,16 @@ def read_labelled_texts(
         names: Sequence[Any] = range(len(feature.names))
         classes = tuple(feature.names)
     else:
-        names = sorted(
-            {value for value in raw["train"][1] if value is not None}, key=lambda value: (str(type(value)), value)
-        )
+        names = sorted({value for value in raw["train"][1] if value not in (None, "")}, key=_class_order)
         classes = tuple(str(value) for value in names)
-    if len(classes) < 2:
-        raise UserError(f"{data} has {len(classes)} class in column '{label}'; telling texts apart takes at least two.")
     number = {value: place for place, value in enumerate(names)}
     splits = {}
     for split, (texts, labels) in raw.items():
         for row, (content, value) in enumerate(zip(texts, labels, strict=True)):
             if not isinstance(content, str):
                 raise UserError(f"Row {row} of {data} ({split}) has no text in column '{text}'.")
+            if value in (None, ""):
+                raise UserError(f"Row {row} of {data} ({split}) has no class in column '{label}'.")
             if value not in number:
                 raise UserError(f"Row {row} of {data} ({split}) has the class {value!r}, which training has not.")
         splits[split] = LabelledTexts(texts=texts, labels=np.array([number[value] for value in labels], np.int64))
@@ -93,9 +91,11 @@ def load_labelled_texts(
         seed: of that cut.
 
     Raises:
-        UserError: a class has a single text, and the data no validation split.
+        UserError: there are fewer than two classes; or one has a single text, and the data no validation split.
     """
     classes, splits = read_labelled_texts(data, text_column=text_column, label_column=label_column)
+    if len(classes) < 2:
+        raise UserError(f"{data} has {len(classes)} class; telling texts apart takes at least two.")
     train = splits["train"]
     if "validation" in splits:
         return classes, train, splits["validation"]
@@ -107,6 +107,12 @@ def load_labelled_texts(
         )
     kept, held_out = hold_out(train.labels, holdout, seed)
     return classes, train.subset(kept), train.subset(held_out)
+
+
+def _class_order(value: Any) -> tuple[str, Any, str]:
+    """Numbers by their size, also where they are written as text."""
+    is_number = not isinstance(value, str) or (value.isascii() and value.isdecimal())
+    return ("", float(value), str(value)) if is_number else (type(value).__name__, value, "")
 
 
 class TextBatches(Dataset):

@@ -168,7 +168,7 @@ def find_shards(data: str) -> dict[str, tuple[str, ...]]:
     """The shards that `data` names, by split; none where it names something else.
 
     A split is told from a word in the files' names or folders, such as `train-0000.tar` or `val/0000.tar`; all files
-    are `train` where none says so.
+    are `train` where none says so. What is left out is what `split_names` leaves out.
 
     Args:
         data: A shard, a folder of them, or a pattern (`s3://bucket/photos/*.tar`).
@@ -180,7 +180,7 @@ def find_shards(data: str) -> dict[str, tuple[str, ...]]:
 
     remote = "://" in data
     try:
-        system, root = fsspec.url_to_fs(data)
+        system, root = fsspec.url_to_fs(data if remote else os.path.expanduser(data))
         if "*" in root:
             found = system.glob(root)
         elif system.isdir(root):
@@ -203,17 +203,16 @@ def find_shards(data: str) -> dict[str, tuple[str, ...]]:
     splits: dict[str, list[str]] = {}
     for file in files:
         words = re.split(r"[^a-z]+", file.removeprefix(base).lower())
-        held_out = any(word in VALIDATION_NAMES for word in words) and not any(word in TRAIN_NAMES for word in words)
-        splits.setdefault("validation" if held_out else "train", []).append(
-            system.unstrip_protocol(file) if remote else file
-        )
+        held_out = next((name for name in VALIDATION_NAMES if name in words), None)
+        split = "train" if held_out is None or any(word in TRAIN_NAMES for word in words) else held_out
+        splits.setdefault(split, []).append(system.unstrip_protocol(file) if remote else file)
     if "train" not in splits:
-        splits = {"train": splits["validation"]}
-    return {split: tuple(members) for split, members in splits.items()}
+        splits = {"train": [file for members in splits.values() for file in members]}
+    return {split: tuple(splits[name]) for split, name in split_names(splits, data).items()}
 
 
 def split_names(found: Collection[Any], data: str) -> dict[str, str]:
-    """Which of a data set's splits is `train`, and which, if any, is `validation`.
+    """Which of a data set's splits is `train`, and which, if any, is `validation`: the first of `VALIDATION_NAMES`.
 
     Raises:
         UserError: It has several, and none of them for training.

@@ -13,11 +13,24 @@ from typing import Any, Protocol
 import numpy as np
 
 from allmlp.data.image_sources import broken_shard
-from allmlp.data.shards import find_shards, refuse_columns, refuse_missing_path, split_names
+from allmlp.data.shards import (
+    KINDS,
+    TRAIN_NAMES,
+    Row,
+    Shards,
+    find_shards,
+    first_columns,
+    measured,
+    refuse_columns,
+    refuse_missing_path,
+    split_names,
+)
 from allmlp.errors import UserError, first_line
 
 STDLIB = "python-stdlib"
 TEXT_COLUMNS = ("text", "txt", "content", "sentence", "document", "review")
+TABLES = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json"}
+_PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 # Read of a file at a time; what ends in it is never cut inside a line.
 _PIECE = 2**22
 
@@ -48,7 +61,10 @@ class TextFile:
 
     def raw(self) -> np.ndarray:
         """The bytes, [bytes] uint8, on the disk."""
-        return np.memmap(self.path, dtype=np.uint8, mode="r", offset=self.start, shape=(self.stop - self.start,))
+        size = self.stop - self.start
+        if not size:
+            return np.empty(0, np.uint8)
+        return np.memmap(self.path, dtype=np.uint8, mode="r", offset=self.start, shape=(size,))
 
     def __iter__(self) -> Iterator[str]:
         """The text, cut after line ends.
@@ -75,7 +91,7 @@ class TextFile:
 
     def cut(self, share: float) -> tuple["TextFile", "TextFile"]:
         """The file without its last `share`, and that share; no character is cut in two."""
-        place = self.start + int((self.stop - self.start) * (1 - share))
+        place = self.stop - max(1, round((self.stop - self.start) * share))
         while place > self.start and self.raw()[place - self.start] & 0xC0 == 0x80:
             place -= 1
         return (
@@ -91,10 +107,12 @@ class Documents:
     Attributes:
         texts: the texts, or the files they are in.
         name: what the data is called.
+        first: the first one's number among the rows of the data.
     """
 
     texts: Sequence[str | Path]
     name: str
+    first: int = 0
     separated = True
 
     def __iter__(self) -> Iterator[str]:
@@ -103,7 +121,7 @@ class Documents:
         Raises:
             UserError: a file is not UTF-8; the message says where. Or a row holds no text.
         """
-        for number, text in enumerate(self.texts):
+        for number, text in enumerate(self.texts, self.first):
             if isinstance(text, Path):
                 yield "".join(TextFile(path=text, start=0, stop=text.stat().st_size)) if text.stat().st_size else ""
             elif isinstance(text, str):
@@ -117,19 +135,69 @@ class Documents:
         if count >= len(self.texts):
             raise UserError(f"{self.name} has a single document: none can be held out. Give a validation split.")
         return (
-            Documents(texts=self.texts[:-count], name=self.name),
-            Documents(texts=self.texts[-count:], name=self.name),
+            Documents(texts=self.texts[:-count], name=self.name, first=self.first),
+            Documents(texts=self.texts[-count:], name=self.name, first=self.first + len(self.texts) - count),
         )
 
 
-Texts = TextFile | Documents
+@dataclass(frozen=True, kw_only=True)
+class TextShards:
+    """Shards of documents that have nothing to do with each other, read as they are needed.
+
+    Attributes:
+        shards: Where they lie.
+        column: The column of the texts.
+    """
+
+    shards: Shards
+    column: str
+    separated = True
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __iter__(self) -> Iterator[str]:
+        """The documents, shard after shard."""
+        for row in self.shards.rows(range(len(self))):
+            yield self.text(row)
+
+    def text(self, row: Row) -> str:
+        """A row's text.
+
+        Raises:
+            UserError: It holds none, or none in UTF-8.
+        """
+        value = row.values.get(self.column)
+        if isinstance(value, bytes):
+            try:
+                return value.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{row.name} is not UTF-8: byte {error.start} is 0x{value[error.start]:02X}; convert the text."
+                ) from None
+        if not isinstance(value, str):
+            raise UserError(f"{row.name} holds no text in column '{self.column}'.")
+        return value
+
+    def cut(self, share: float) -> tuple[Any, Any]:
+        """Refused: nothing is held out of shards, of which no row is at hand.
+
+        Raises:
+            UserError: In any case.
+        """
+        name = self.shards.files[0]
+        raise UserError(f"Nothing is held out of shards such as {name}: give some for validation, such as val-0000.")
+
+
+Texts = TextFile | Documents | TextShards
 
 
 def find_texts(data: str, text_column: str | None = None) -> dict[str, Texts]:
     """Recognises what `data` names.
 
     Args:
-        data: `python-stdlib`, a text file, a folder of text or parquet files, a parquet file, or a Hub dataset's name.
+        data: `python-stdlib`, a text file, a folder of them (or one with `train` and maybe `val`), a parquet, CSV, JSON
+            Lines or tar file, a folder of parquet or tar files, their address (`s3://…`), or a Hub dataset's name.
         text_column: the column of the texts in a table; found by its name where not given.
 
     Returns:
@@ -138,30 +206,67 @@ def find_texts(data: str, text_column: str | None = None) -> dict[str, Texts]:
     Raises:
         UserError: there is no such data, it has no text, or a column is named and it is no table.
     """
-    if is_table(data):
-        tables = read_tables(data)
-        column = _column(tables["train"].column_names, data, text_column, TEXT_COLUMNS, "text", "--text-column")
-        return {split: Documents(texts=_Column(table, column), name=data) for split, table in tables.items()}
-    refuse_columns(data, text_column=text_column)
-    if data == STDLIB:
-        return {"train": standard_library()}
-    path = Path(data).expanduser()
-    if path.is_file():
-        if path.stat().st_size == 0:
-            raise UserError(f"{data} is empty.")
-        return {"train": TextFile(path=path, start=0, stop=path.stat().st_size)}
-    files = sorted(file for file in path.rglob("*.txt") if file.is_file())
-    if not files:
-        raise UserError(f"{data} holds neither .txt nor .parquet files.")
-    return {"train": Documents(texts=files, name=data)}
+    if not is_table(data):
+        refuse_columns(data, text_column=text_column)
+        return {"train": standard_library()} if data == STDLIB else _plain_texts(Path(data).expanduser(), data)
+    shards = {} if _is_file_table(data) else find_shards(data)
+    if shards and ("://" in data or shards["train"][0].endswith(".tar")):
+        return {split: text_shards(files, data, text_column) for split, files in shards.items()}
+    tables = read_tables(data)
+    column = _column(tables["train"].column_names, data, text_column, TEXT_COLUMNS, "text", "--text-column")
+    return {split: Documents(texts=_Column(table, column), name=data) for split, table in tables.items()}
 
 
 def is_table(data: str) -> bool:
-    """Whether `data` has columns: parquet and CSV files, or a dataset of the Hub."""
+    """Whether `data` has columns: parquet, CSV, JSON Lines or tar files, or a dataset of the Hub."""
     path = Path(data).expanduser()
     if path.is_dir():
-        return data != STDLIB and any(path.rglob("*.parquet"))
-    return data != STDLIB and (path.suffix in (".parquet", ".csv") or not path.is_file())
+        return data != STDLIB and any(True for kind in KINDS for _ in path.rglob(f"*{kind}"))
+    return data != STDLIB and (_suffix(data) in (*TABLES, ".tar") or not path.is_file())
+
+
+def _plain_texts(path: Path, data: str) -> dict[str, Texts]:
+    """A text file; or a folder of them, its splits by the names of what lies right in it."""
+    if path.is_file():
+        return {"train": _text_file(path)}
+    inside = {child.stem.lower(): child for child in path.iterdir() if child.is_dir() or child.suffix == ".txt"}
+    if any(name in inside for name in TRAIN_NAMES):
+        chosen = {split: inside[name] for split, name in split_names(inside, data).items()}
+        return {
+            split: _text_file(part) if part.is_file() else _text_folder(part, data) for split, part in chosen.items()
+        }
+    return {"train": _text_folder(path, data)}
+
+
+def _text_file(path: Path) -> TextFile:
+    if path.stat().st_size == 0:
+        raise UserError(f"{path} is empty.")
+    if path.suffix.lower() in _PACKED:
+        raise UserError(f"{path} is packed, and its bytes are no text: unpack it.")
+    return TextFile(path=path, start=0, stop=path.stat().st_size)
+
+
+def _text_folder(path: Path, data: str) -> Documents:
+    files = sorted(file for file in path.rglob("*.txt") if file.is_file())
+    if not files:
+        raise UserError(f"{path} holds neither .txt nor {' nor '.join(KINDS)} files.")
+    return Documents(texts=files, name=data)
+
+
+def text_shards(files: Sequence[str], data: str, column: str | None = None) -> TextShards:
+    """Shards of texts, none of them read yet.
+
+    Args:
+        files: Paths or addresses.
+        data: What they are called, for messages.
+        column: The column of the texts; found by its name where not given.
+
+    Raises:
+        UserError: They cannot be read, or have no such column.
+    """
+    column = _column(list(first_columns(files[0])), data, column, TEXT_COLUMNS, "text", "--text-column")
+    sizes, _ = measured(files)
+    return TextShards(shards=Shards(files=tuple(files), sizes=sizes, columns=(column,)), column=column)
 
 
 def standard_library() -> Documents:
@@ -175,7 +280,9 @@ def standard_library() -> Documents:
 
 
 def read_tables(data: str) -> dict[str, Any]:
-    """A parquet or CSV file, a folder of parquet files, or a dataset of the Hub, as tables on the disk.
+    """A file of a table, a folder of parquet files, or a dataset of the Hub, as tables on the disk.
+
+    Of a CSV file every value is text as it stands there.
 
     Returns:
         `datasets.Dataset` of `train` and, where the data has one, of `validation`.
@@ -187,13 +294,12 @@ def read_tables(data: str) -> dict[str, Any]:
 
     path = Path(data).expanduser()
     try:
-        if path.is_file():
-            kind = "csv" if path.suffix == ".csv" else "parquet"
-            found = datasets.load_dataset(kind, data_files={"train": str(path)})
-        elif path.is_dir():
-            found = datasets.load_dataset(
-                "parquet", data_files={name: list(files) for name, files in find_shards(str(path)).items()}
-            )
+        if _is_file_table(data):
+            kind = TABLES[_suffix(data)]
+            found = datasets.load_dataset(kind, data_files={"train": str(path)}, **_settings(kind, path))
+        elif path.exists():
+            files = {name: list(files) for name, files in find_shards(data).items()}
+            found = datasets.load_dataset("parquet", data_files=files)
         else:
             refuse_missing_path(data)
             repository, _, configuration = data.partition(":")
@@ -208,13 +314,21 @@ def read_tables(data: str) -> dict[str, Any]:
     return {split: found[name] for split, name in split_names(found, data).items()}
 
 
-def find_text_column(columns: Sequence[str], data: str, wanted: str | None) -> str:
-    """The column of texts: the one given, or one with a usual name.
+def _is_file_table(data: str) -> bool:
+    return _suffix(data) in TABLES and Path(data).expanduser().is_file()
 
-    Raises:
-        UserError: There is none.
-    """
-    return _column(columns, data, wanted, TEXT_COLUMNS, "text", "--text-column")
+
+def _suffix(data: str) -> str:
+    return Path(data).suffix.lower()
+
+
+def _settings(kind: str, path: Path) -> dict[str, Any]:
+    if kind != "csv":
+        return {}
+    import pandas
+
+    # pandas takes words such as NA and None for missing ones, and texts of digits for numbers
+    return {"converters": dict.fromkeys(pandas.read_csv(path, nrows=0).columns, str), "keep_default_na": False}
 
 
 def text_and_label(columns: Sequence[str], data: str, text: str | None, label: str | None) -> tuple[str, str]:

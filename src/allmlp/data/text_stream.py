@@ -4,8 +4,7 @@ Legend of the shapes: B windows, N tokens of a window.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,64 +12,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from allmlp.data.shards import Row, Shards, find_shards, first_columns, measured, shuffled
+from allmlp.data.shards import find_shards, shuffled
 from allmlp.data.text import Masking, TextData
-from allmlp.data.text_sources import find_text_column
+from allmlp.data.text_sources import TextShards, text_shards
 from allmlp.data.tokenization import encode, make_tokenizer, token_ids
 from allmlp.errors import UserError
 
 _DOCUMENTS = 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextShards:
-    """Shards of documents that have nothing to do with each other.
-
-    Attributes:
-        shards: Where they lie.
-        column: The column of the texts.
-    """
-
-    shards: Shards
-    column: str
-    separated = True
-
-    def __len__(self) -> int:
-        return len(self.shards)
-
-    def __iter__(self) -> Iterator[str]:
-        """The documents, shard after shard."""
-        for row in self.shards.rows(range(len(self))):
-            yield self.text(row)
-
-    def text(self, row: Row) -> str:
-        """A row's text.
-
-        Raises:
-            UserError: It holds none.
-        """
-        value = row.values.get(self.column)
-        if isinstance(value, bytes):
-            value = value.decode("utf-8", "replace")
-        if not isinstance(value, str):
-            raise UserError(f"{row.name} holds no text in column '{self.column}'.")
-        return value
-
-
-def text_shards(files: Sequence[str], data: str, column: str | None = None) -> TextShards:
-    """Shards of texts, none of them read yet.
-
-    Args:
-        files: Paths or addresses.
-        data: What they are called, for messages.
-        column: The column of the texts; found by its name where not given.
-
-    Raises:
-        UserError: They cannot be read, or have no such column.
-    """
-    column = find_text_column(list(first_columns(files[0])), data, column)
-    sizes, _ = measured(files)
-    return TextShards(shards=Shards(files=tuple(files), sizes=sizes, columns=(column,)), column=column)
 
 
 def streamed_text(
