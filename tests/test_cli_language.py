@@ -54,6 +54,11 @@ def test_generate_writes_behind_each_prompt(run, capsys) -> None:
     assert "\n\nfox" in out
     assert main([*command[:4], "--max-new-tokens", "99", "--temperature", "0"]) == 0
     assert "warning: generation stops at the model's context of 16 tokens" in capsys.readouterr().err
+    found = []
+    for seed in ("1", "2", "3"):
+        assert main([*command[:6], "--beams", "3", "--seed", seed]) == 0
+        found.append(capsys.readouterr().out)
+    assert len(set(found)) == 1
     assert main(["generate", str(run), "--prompt", "€"]) == 1
     assert capsys.readouterr().err.startswith("allmlp: The model in")
 

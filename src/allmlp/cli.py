@@ -336,7 +336,10 @@ def _add_generate(commands: Any) -> None:
     )
     parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="tokens to write (default: 200)")
     parser.add_argument(
-        "--temperature", type=float, default=0.8, metavar="T", help="0: the likeliest token each time (default: 0.8)"
+        "--temperature",
+        type=float,
+        metavar="T",
+        help="0: the likeliest token each time (default: 0.8; 0 for a beam search)",
     )
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest (default: 0, all)")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest with this share")
@@ -356,6 +359,8 @@ def _generate(options: argparse.Namespace) -> None:
 
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "beams", "context_overflow", "seed")
     settings = {name: getattr(options, name) for name in names}
+    if settings["temperature"] is None:
+        settings["temperature"] = 0.8 if options.beams == 1 else 0.0
     written = language_evaluation.generate(options.run_directory, options.prompt, **settings)
     _answer(options, written, lambda: "\n\n".join(entry["prompt"] + entry["text"] for entry in written))
 

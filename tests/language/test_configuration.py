@@ -43,6 +43,9 @@ def test_auto_config_reads_what_was_saved(tmp_path) -> None:
 def test_unknown_names_offer_the_nearest() -> None:
     with pytest.raises(UserError, match=r"no language model 'gmlp_bas'. Did you mean 'gmlp_base'"):
         GMLPConfig.named("gmlp_bas")
+    with pytest.raises(UserError, match=r"has no field 'num_heads'. Did you mean 'num_spatial_heads'"):
+        GMLPConfig.named("gmlp_base", num_heads=4)
+    assert GMLPConfig.named("gmlp_base", num_labels=3).num_labels == 3
 
 
 @pytest.mark.parametrize(
@@ -53,6 +56,8 @@ def test_unknown_names_offer_the_nearest() -> None:
         ("token_shift", 512, "token_shift must be below hidden_size, 512, got 512"),
         ("intermediate_size", 7, "must be even to be split in halves, got 7"),
         ("num_spatial_heads", 5, "must divide the gate's 1536 channels, got 5"),
+        ("initializer_range", -0.1, "initializer_range must be at least 0"),
+        ("layer_norm_eps", 0.0, "layer_norm_eps above 0, got 0.02 and 0.0"),
         ("survival_probability", 0, "must be above 0 and at most 1, got 0"),
         ("hidden_dropout", 1, "must be at least 0 and below 1, got 1"),
         ("gate_act", "tanhh", r"gate_act is 'tanhh', which transformers does not know. Did you mean 'tanh'"),

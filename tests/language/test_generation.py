@@ -86,9 +86,11 @@ def test_assisted_decoding_gives_the_same_text() -> None:
         model = tiny_model(GMLPForCausalLM, **options)
         assistant = tiny_model(GMLPForCausalLM, num_hidden_layers=2, **options)
         wanted = {"max_new_tokens": CONTEXT - 4, "do_sample": False}
-        assert torch.equal(
-            model.generate(prompt, assistant_model=assistant, **wanted), model.generate(prompt, **wanted)
-        )
+        alone = model.generate(prompt, **wanted)
+        assert torch.equal(model.generate(prompt, assistant_model=assistant, **wanted), alone)
+        # the model's first block drafts
+        assert torch.equal(model.generate(prompt, assistant_early_exit=1, **wanted), alone)
+        assert torch.equal(model.generate(prompt, **wanted), alone)
 
 
 class Collected(BaseStreamer):

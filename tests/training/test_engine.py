@@ -52,8 +52,9 @@ def test_a_run_directory_in_use_is_not_touched_without_being_asked(tmp_path: Pat
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"holds a run already.*--resume.*--overwrite"):
         training.train(VisionRecipe(data="no/such/data"), tmp_path)
-    with pytest.raises(UserError, match="holds the data: choose another --output"):
-        training.train(VisionRecipe(data=str(tmp_path)), tmp_path, overwrite=True)
+    for place in (tmp_path, tmp_path / "runs" / "new"):
+        with pytest.raises(UserError, match=r"lies in the data, .*, and would become part of it: choose another"):
+            training.train(VisionRecipe(data=str(tmp_path)), place, overwrite=True)
     assert (tmp_path / "config.json").read_text() == "{}"
     assert prepare_output(tmp_path, VisionRecipe(lr=0.5), NO_MODEL, resume=False, overwrite=True) is None
     assert not (tmp_path / "config.json").exists()
@@ -63,8 +64,8 @@ def test_a_run_directory_in_use_is_not_touched_without_being_asked(tmp_path: Pat
 
 def test_only_complete_checkpoints_are_resumed(tmp_path: Path) -> None:
     for step, files in (
-        (5, ("trainer_state.json", engine.EMA_WEIGHTS)),
-        (10, ("trainer_state.json", engine.EMA_WEIGHTS)),
+        (5, ("trainer_state.json", engine.AVERAGED)),
+        (10, ("trainer_state.json", engine.AVERAGED)),
         (15, ("trainer_state.json",)),
         (20, ()),
     ):
@@ -79,3 +80,29 @@ def test_only_complete_checkpoints_are_resumed(tmp_path: Path) -> None:
     assert resumed(tmp_path, VisionRecipe()) == tmp_path / "checkpoint-15"
     assert resumed(tmp_path, VisionRecipe(ema=0.9)) == tmp_path / "checkpoint-10"
     assert resumed(tmp_path / "new", VisionRecipe()) is None
+
+
+def test_a_resumed_training_holds_out_what_it_held_out(tmp_path: Path) -> None:
+    started = VisionRecipe(data="digits", seed=3, max_steps=20)
+    prepare_output(tmp_path, started, NO_MODEL, resume=False, overwrite=False)
+    (tmp_path / "checkpoint-10").mkdir()
+    (tmp_path / "checkpoint-10" / "trainer_state.json").write_text('{"global_step": 10, "epoch": 0.5}')
+    before = (tmp_path / "recipe.yaml").read_text()
+    for changes in ({"seed": 4}, {"holdout": 0.5, "seed": 3}):
+        other = VisionRecipe(data="digits", max_steps=20, **changes)
+        with pytest.raises(UserError, match=r"held out would be mixed: (seed 3 → 4|holdout 0.2 → 0.5)\.\nGo on with"):
+            prepare_output(tmp_path, other, NO_MODEL, resume=True, overwrite=False)
+    assert (tmp_path / "recipe.yaml").read_text() == before
+    faster = VisionRecipe(data="digits", seed=3, max_steps=20, lr=0.5)
+    prepare_output(tmp_path, faster, NO_MODEL, resume=True, overwrite=False)
+    assert read_settings(tmp_path / "recipe.yaml")["lr"] == 0.5
+
+
+@pytest.mark.parametrize("length", [{"max_steps": 10}, {"epochs": 0.5}])
+def test_what_trains_no_step_is_no_recipe(tmp_path: Path, length: dict[str, float]) -> None:
+    (tmp_path / "checkpoint-10").mkdir()
+    (tmp_path / "checkpoint-10" / "trainer_state.json").write_text('{"global_step": 10, "epoch": 0.5}')
+    for lr in (0.25, 0.5):
+        recipe = VisionRecipe(data="digits", lr=lr, **length)
+        prepare_output(tmp_path, recipe, NO_MODEL, resume=True, overwrite=False)
+    assert read_settings(tmp_path / "recipe.yaml")["lr"] == 0.25

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,38 @@ def test_a_run_directory_loads_everywhere(written) -> None:
     assert text[0]["generated_text"].startswith("line 1")
 
 
+def test_a_checkpoint_is_a_run_too(written, tmp_path) -> None:
+    run = written[0]
+    checkpoint = str(run / "checkpoint-60")
+    assert evaluate(checkpoint)["nats_per_token"] == evaluate(str(run))["nats_per_token"]
+    settings = {"max_new_tokens": 5, "seed": 1}
+    assert generate(checkpoint, ["line"], **settings) == generate(str(run), ["line"], **settings)
+    assert (run / "checkpoint-60/tokenizer.json").read_text() == (run / "tokenizer.json").read_text()
+    go_on = recipe(tmp_path, model=None, model_args={}, start_from=checkpoint, max_steps=1)
+    assert training.train(go_on, tmp_path / "again")["steps"] == 1
+
+
+def test_a_checkpoint_has_the_weights_that_were_evaluated(tmp_path) -> None:
+    metrics = training.train(recipe(tmp_path, ema=0.9, max_steps=4, eval_every=4), tmp_path / "run")
+    found = evaluate(str(tmp_path / "run/checkpoint-4"))
+    assert found["nats_per_token"] == pytest.approx(metrics["nats_per_token"], rel=1e-6)
+    averaged, last = (
+        allmlp.load(tmp_path / "run/checkpoint-4"),
+        load_file(tmp_path / "run/checkpoint-4/model.safetensors"),
+    )
+    assert torch.equal(averaged.lm_head.weight, averaged.model.embed_tokens.weight)
+    assert not torch.equal(averaged.model.norm.weight, last["model.norm.weight"])
+
+
+def test_other_tokens_are_no_way_on(written, tmp_path) -> None:
+    shutil.copytree(written[0], tmp_path / "run")
+    # as many characters as before, one of them another
+    other = write_text(tmp_path / "other.txt", TEXT.replace("q", "ß"))
+    settings = {"tokenizer": "characters", "data": other, "max_steps": 70}
+    with pytest.raises(UserError, match=r"The tokens of .*checkpoint-60 are others than those of the data: '[qß]' is"):
+        training.train(recipe(tmp_path, **settings), tmp_path / "run", resume=True)
+
+
 def test_evaluation_gives_the_runs_own_score(written, tmp_path) -> None:
     run, metrics = written
     found = evaluate(str(run))
@@ -95,7 +128,16 @@ def test_evaluation_gives_the_runs_own_score(written, tmp_path) -> None:
     for name in "ab":
         write_text(tmp_path / "empty" / f"{name}.txt", "")
     assert "bits_per_character" not in evaluate(str(run), str(tmp_path / "empty"))
-    assert "per" in evaluation_text(found)
+    assert "held out tokens predicted, perplexity" in evaluation_text(found)
+    assert f"\n{other['predicted']:,} tokens predicted, perplexity" in evaluation_text(other)
+
+
+def test_a_toeplitz_model_is_evaluated_in_the_trainings_windows(tmp_path) -> None:
+    args = {**SETTINGS["model_args"], "spatial_weight": "toeplitz", "max_position_embeddings": 8}
+    metrics = training.train(recipe(tmp_path, model_args=args, context=24, max_steps=2), tmp_path / "run")
+    found = evaluate(str(tmp_path / "run"))
+    assert found["context"] == 24
+    assert found["nats_per_token"] == pytest.approx(metrics["nats_per_token"], rel=1e-5)
 
 
 def test_generate_writes_what_a_seed_says(written) -> None:
@@ -113,6 +155,7 @@ def test_generate_writes_what_a_seed_says(written) -> None:
     longer = generate(run, ["line"], max_new_tokens=50, temperature=0, context_overflow="reprefill")
     assert len(longer[0]["text"]) == 50
     assert len(generate(run, ["line"], max_new_tokens=5, temperature=0, beams=3)[0]["text"]) == 5
+    assert generate(run, ["line"], max_new_tokens=5, temperature=1, beams=3)[0]["tokens"] == 5
 
 
 def test_generate_refuses_in_a_sentence(written) -> None:
@@ -162,6 +205,12 @@ def test_a_classifier_of_texts_learns(tmp_path, causal) -> None:
     assert "animals" in evaluation_text(found)
     (tmp_path / "a.txt").write_text("fox dog cat")
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe")
+    (tmp_path / "lines.txt").write_bytes(b"oak\r\nelm\r\nivy")
+    of_file, of_text = predict(str(tmp_path / "run"), [str(tmp_path / "lines.txt")], ["oak\r\nelm\r\nivy"])
+    assert of_file["predictions"] == of_text["predictions"]
+    (tmp_path / "lines.txt").unlink()
+    with pytest.raises(UserError, match="tells classes of whole texts: leave --stride out"):
+        evaluate(str(tmp_path / "run"), stride=3)
     told = predict(str(tmp_path / "run"), [str(tmp_path)], ["oak elm ivy", ""], top_k=1)
     assert [Path(entry["file"]).name for entry in told[:2]] == ["a.txt", "b.txt"]
     assert told[0]["predictions"][0]["label"] == "animals"
@@ -245,6 +294,10 @@ def test_what_cannot_be_trained_is_refused(written, tmp_path) -> None:
         ({"model": None}, "name a model, or a run directory to start from"),
         ({"model_args": {"num_spatial_heads": 5}}, "num_spatial_heads must divide the gate's 256 channels, got 5"),
         ({"model_args": {"hiden_size": 64}}, r"model_args sets 'hiden_size', .* Did you mean 'hidden_size'"),
+        ({"model_args": {"output_hidden_states": True}}, "model_args sets 'output_hidden_states', which no model has"),
+        ({"model_args": {"eos_token_id": 5}}, "model_args sets eos_token_id: that is what the tokenizer says"),
+        ({"model_args": {"initializer_range": -1.0}}, "initializer_range must be at least 0"),
+        ({"model": None, "start_from": run, "model_args": {"num_hidden_layers": 1}}, r"do not fit .* model.layers.1"),
         ({"model_args": {"hidden_size": "wide"}}, "The model cannot be made so: .*hidden_size"),
         ({"model_args": {"vocab_size": 100}}, "a vocabulary of 100, the tokenizer 258 tokens: leave vocab_size away"),
         ({"context": 100_000}, "the text has .* tokens, too few for windows of 100000"),

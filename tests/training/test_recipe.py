@@ -7,7 +7,16 @@ import pytest
 import yaml
 
 from allmlp.errors import UserError
-from allmlp.training.recipe import RECIPES, Recipe, VisionRecipe, make_recipe, read_settings, recipe_to_yaml, task_of
+from allmlp.training.recipe import (
+    RECIPES,
+    CausalRecipe,
+    Recipe,
+    VisionRecipe,
+    make_recipe,
+    read_settings,
+    recipe_to_yaml,
+    task_of,
+)
 
 
 def test_yaml_gives_the_recipe_back(tmp_path: Path) -> None:
@@ -53,6 +62,8 @@ def test_text_from_the_command_line_and_yaml_becomes_the_fields_type(
         ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
         ({"epochs": -1}, "epochs is -1.0; it must be positive"),
         ({"ema": 1}, "ema is 1.0; it must be at least 0 and below 1"),
+        ({"min_lr": 1e-4, "schedule": "linear"}, "min_lr is for the cosine; the schedule linear has no such end"),
+        ({"min_lr": 0.5, "lr": 0.1}, "min_lr is 0.5; it must be at most lr, 0.1"),
         ({"compile": "maybe"}, "compile is 'maybe'; it must be true or false"),
         ({"schedule": "cosin"}, "schedule is 'cosin'; it must be one of cosine, linear, constant"),
         ({"img_size": "8x8x8"}, "img_size is '8x8x8'; it must be a whole number or HEIGHTxWIDTH or nothing"),
@@ -66,6 +77,11 @@ def test_bad_values_are_named_with_what_is_allowed(given: dict[str, object], mes
     with pytest.raises(UserError) as caught:
         make_recipe(given, VisionRecipe)
     assert message in str(caught.value)
+
+
+def test_a_tokenizer_is_named_or_trained() -> None:
+    with pytest.raises(UserError, match="tokenizer characters and train_tokenizer exclude each other"):
+        make_recipe({"tokenizer": "characters", "train_tokenizer": 300}, CausalRecipe)
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,15 @@ def test_curves_show_every_point_of_the_history() -> None:
     assert [len(line.get_xdata()) for line in left.lines] == [8, 2]
     assert right.lines[0].get_ydata().tolist() == [50, 100]
     assert "100.00%" in [text.get_text() for text in right.texts]
+    assert (left.get_xlim()[0], left.get_ylim()[0]) == (0, 0)
+    assert left.get_ylim()[1] > 1.03 * 1.875
+    assert [tick for tick in left.get_xticks() if tick % 1] == []
+
+
+def test_curves_of_less_than_an_epoch_have_few_ticks() -> None:
+    history = [{"epoch": 0.07, "step": 1, "loss": 1.0, "eval_loss": 1.0, "eval_accuracy": 0.5, "eval_top5": 1.0}]
+    for axes in report.draw_curves(history, 0.5).axes:
+        assert 2 <= len(axes.get_xticks()) <= 8
 
 
 def test_confusion_shows_shares_of_each_class() -> None:

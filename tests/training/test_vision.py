@@ -162,6 +162,8 @@ def test_averaged_weights_are_the_ones_kept(tmp_path: Path) -> None:
     kept = load_file(tmp_path / "run" / "model.safetensors")
     averaged = {name.removeprefix("timm_model."): value for name, value in load_file(last / "ema.safetensors").items()}
     torch.testing.assert_close(kept, averaged, rtol=0, atol=0)
+    for name, tensor in allmlp.load(last).state_dict().items():
+        torch.testing.assert_close(tensor, kept[name], rtol=0, atol=0)
     assert not torch.equal(kept["head.weight"], load_file(last / "model.safetensors")["head.weight"])
     final = [entry for entry in metrics["history"] if "eval_loss" in entry][-1]
     assert final["eval_loss"] == pytest.approx(metrics["loss"], rel=1e-4)

@@ -18,10 +18,11 @@ import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from allmlp.checkpoints import description
-from allmlp.checkpoints.training_checkpoints import checkpoints_in, last_checkpoint
+from allmlp.checkpoints.training_checkpoints import AVERAGED, checkpoints_in, last_checkpoint
 from allmlp.errors import UserError, nearest, shown
 from allmlp.files import UNFINISHED, atomic_path, to_disk, write_json
 
@@ -102,22 +103,27 @@ def save_language(directory: str | Path, model: Any, tokenizer: Any = None) -> N
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    if tokenizer is not None and tokenizer.is_fast:
-        # it would be saved with the padding and the length of the last call
-        tokenizer.backend_tokenizer.no_padding()
-        tokenizer.backend_tokenizer.no_truncation()
-    if tokenizer is not None and model.config.spatial_weight == "dense":
-        # what pipelines cut texts to
-        tokenizer.model_max_length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".", suffix=UNFINISHED) as temporary:
-        for part in (model, tokenizer):
-            if part is not None:
-                part.save_pretrained(temporary)
+        model.save_pretrained(temporary)
+        if tokenizer is not None:
+            save_tokenizer(temporary, tokenizer, model.config)
         for path in Path(temporary).iterdir():
             to_disk(path)
         # the configuration last, which makes it a run directory
         for path in sorted(Path(temporary).iterdir(), key=lambda path: path.name == CONFIG):
             os.replace(path, directory / path.name)
+
+
+def save_tokenizer(directory: str | Path, tokenizer: Any, config: Any) -> None:
+    """Writes a tokenizer as transformers saves it, for a language model of this configuration."""
+    if tokenizer.is_fast:
+        # it would be saved with the padding and the length of the last call
+        tokenizer.backend_tokenizer.no_padding()
+        tokenizer.backend_tokenizer.no_truncation()
+    if config.spatial_weight == "dense":
+        # what pipelines cut texts to
+        tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
+    tokenizer.save_pretrained(directory)
 
 
 def save_metrics(directory: str | Path, metrics: Mapping[str, Any]) -> None:
@@ -166,7 +172,8 @@ def load(
     """The model of a run directory, ready to use, in eval mode, on the CPU.
 
     Of images it is timm's module; its `pretrained_cfg` says how they are prepared for it and holds the classes' names
-    under `label_names`. Of text it is transformers' model.
+    under `label_names`. Of text it is transformers' model. Of a checkpoint with averaged weights it has these, which
+    are what was evaluated there.
 
     Args:
         source: A run directory or one of its checkpoints.
@@ -210,7 +217,7 @@ def load_language(directory: str | Path, config: Mapping[str, Any]) -> Any:
     description.check_language(config, Path(directory) / CONFIG)
     names = [name for name in config.get("architectures") or [] if name in language.__all__]
     kind: Any = getattr(language, names[0]) if names else language.GMLPModel
-    weights = Path(directory) / WEIGHTS
+    weights = _weights(directory)
     shapes = _shapes(weights)
     own = {field.name for field in dataclasses.fields(language.GMLPConfig)}
     progress = transformers_logging.is_progress_bar_enabled()
@@ -233,6 +240,9 @@ def load_language(directory: str | Path, config: Mapping[str, Any]) -> Any:
     found = [f"{len(keys)} {what}: {_listed(sorted(map(str, keys)))}" for what, keys in report.items() if keys]
     if found:
         raise UserError(f"The weights of {directory} do not match the model.\n  " + "\n  ".join(found))
+    if weights.name == AVERAGED:
+        # tied weights stand in it once
+        model.load_state_dict(load_file(weights), strict=False)
     return model.eval()
 
 
@@ -241,7 +251,7 @@ def load_classifier(directory: str | Path, config: Mapping[str, Any]) -> TimmMod
     import allmlp.vision  # noqa: F401 registers the architectures with timm
 
     description.check_classifier(config, Path(directory) / CONFIG)
-    weights = Path(directory) / WEIGHTS
+    weights = _weights(directory)
     cfg = {**config["pretrained_cfg"], "num_classes": config["num_classes"]}
 
     def build() -> TimmModel:
@@ -286,6 +296,9 @@ def create_model(architecture: str, model_args: Mapping[str, Any], **settings: A
         twice = re.search(r"multiple values for keyword argument '(\w+)'", reason)
         if twice:
             reason = f"{twice[1]} is what its name stands for"
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", reason)
+        if unknown:
+            reason = f"it has no argument '{unknown[1]}'"
         raise UserError(f"{architecture} cannot be made with these arguments: {reason}") from error
 
 
@@ -336,15 +349,16 @@ def check_shapes(
         raise UserError(f"The weights of {where} do not match the model.\n  " + "\n  ".join(found))
 
 
-def require_same_model(checkpoint: Path, model: Any) -> None:
+def require_same_model(checkpoint: Path, model: Any, tokenizer: Any = None) -> None:
     """Does nothing where a training of this model can go on from a checkpoint.
 
     Args:
         checkpoint: A checkpoint of a run.
         model: A transformers model, `classifier`'s for images.
+        tokenizer: A language model's.
 
     Raises:
-        UserError: The weights are of other shapes, or the classes others.
+        UserError: The weights are of other shapes, or the classes or tokens others.
     """
     if (checkpoint / WEIGHTS).is_file():
         shared = getattr(model, "all_tied_weights_keys", None) or ()
@@ -352,6 +366,11 @@ def require_same_model(checkpoint: Path, model: Any) -> None:
         former, now = (_class_names(config) for config in (read_config(checkpoint), model.config.to_dict()))
         if former and former != now:
             raise UserError(f"The classes of {checkpoint} are {_listed(former)}; those of the data are {_listed(now)}.")
+    vocabulary = checkpoint / "tokenizer.json"
+    if tokenizer is not None and vocabulary.is_file():
+        other = set(Tokenizer.from_file(str(vocabulary)).get_vocab().items()) ^ set(tokenizer.get_vocab().items())
+        if other:
+            raise UserError(f"The tokens of {checkpoint} are others than those of the data: {min(other)[0]!r} is one.")
 
 
 def _class_names(config: Mapping[str, Any]) -> list[str]:
@@ -374,6 +393,12 @@ def clear(directory: str | Path, keep: Container[str] = ()) -> None:
     for name in (CONFIG, WEIGHTS, RECIPE, METRICS, FAULTS):
         if name not in keep:
             (directory / name).unlink(missing_ok=True)
+
+
+def _weights(directory: str | Path) -> Path:
+    """The file of the weights that count."""
+    averaged = Path(directory) / AVERAGED
+    return averaged if averaged.is_file() else Path(directory) / WEIGHTS
 
 
 def _shapes(weights: Path) -> dict[str, list[int]]:

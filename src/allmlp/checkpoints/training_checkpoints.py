@@ -16,6 +16,8 @@ from allmlp.files import UNFINISHED, to_disk
 
 STATE = "trainer_state.json"
 """The Trainer's own account of a training; a checkpoint without it is none to go on from."""
+AVERAGED = "ema.safetensors"
+"""The averaged weights beside those that training goes on with, where there are any."""
 _PREFIX = "checkpoint-"
 
 

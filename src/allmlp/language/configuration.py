@@ -1,5 +1,6 @@
 """Configuration of gMLP and aMLP language models, and the named sizes (arXiv 2105.08050, section 4 and appendix C)."""
 
+import math
 from typing import Any, Literal, no_type_check
 
 from huggingface_hub.dataclasses import strict
@@ -91,6 +92,11 @@ class GMLPConfig(PreTrainedConfig):
                 f"num_spatial_heads must divide the gate's {self.intermediate_size // 2} channels, "
                 f"got {self.num_spatial_heads}"
             )
+        if not 0 <= self.initializer_range < math.inf or not 0 < self.layer_norm_eps < math.inf:
+            raise UserError(
+                "initializer_range must be at least 0 and layer_norm_eps above 0, "
+                f"got {self.initializer_range} and {self.layer_norm_eps}"
+            )
         if not 0 < self.survival_probability <= 1:
             raise UserError(f"survival_probability must be above 0 and at most 1, got {self.survival_probability}")
         if not 0 <= self.hidden_dropout < 1:
@@ -105,12 +111,19 @@ class GMLPConfig(PreTrainedConfig):
         """The configuration of a named size, with any field changed.
 
         Raises:
-            UserError: if there is no such size; the nearest names are offered.
+            UserError: if there is no such size or field; the nearest names are offered.
         """
         if name not in VARIANTS:
             raise UserError(f"There is no language model '{name}'.{nearest(name, VARIANTS)}")
+        for field in overrides:
+            # it would be kept, and the model not read it
+            if field not in MODEL_FIELDS and not hasattr(cls, field):
+                raise UserError(f"A GMLPConfig has no field '{field}'.{nearest(field, MODEL_FIELDS)}")
         return cls(**{**VARIANTS[name], **overrides})
 
+
+MODEL_FIELDS = tuple(GMLPConfig.__annotations__)
+"""What says how a model is made, in the order of the class; `PreTrainedConfig` has further fields."""
 
 # For laptops: dense weights, the tokenizer's vocabulary.
 _NANO = {"num_hidden_layers": 8, "hidden_size": 128, "intermediate_size": 512, "max_position_embeddings": 64}

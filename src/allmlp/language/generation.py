@@ -88,7 +88,8 @@ class GMLPGenerationMixin(GenerationMixin):
         if self._context is not None and context_overflow == "stop" and prompt.shape[1] >= self._context:
             raise UserError(
                 f"the prompt has {prompt.shape[1]} tokens and leaves no room in the model's context of "
-                f"{self._context}; shorten it, or generate with context_overflow='reprefill', which reads the end of it"
+                f"{self._context}; shorten it, or generate with context_overflow='reprefill' (--context-overflow "
+                "reprefill), which reads the end of it"
             )
 
     def prepare_inputs_for_generation(  # pyrefly: ignore[bad-override-param-name] (transformers passes all by name)
@@ -138,7 +139,8 @@ class GMLPGenerationMixin(GenerationMixin):
                 max_cache_length -= excess
                 logger.warning(
                     f"generation stops at the model's context of {self._context} tokens, {excess} short of the length "
-                    "asked for; generate with context_overflow='reprefill' to go on from the last half of it"
+                    "asked for; generate with context_overflow='reprefill' (--context-overflow reprefill) to go on "
+                    "from the last half of it"
                 )
         if generation_config.use_cache is not False and model_kwargs.get(CACHE) is None:
             model_kwargs[CACHE] = GMLPCache(self.config, max_cache_length)

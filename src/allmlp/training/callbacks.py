@@ -22,12 +22,11 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ExportableState
 
+from allmlp.checkpoints.training_checkpoints import AVERAGED
 from allmlp.distributed import is_first_process, largest_anywhere
 from allmlp.errors import first_line
 
 _log = logging.getLogger(__name__)
-
-EMA_WEIGHTS = "ema.safetensors"
 
 
 class Progress(TrainerCallback, ExportableState):
@@ -145,7 +144,7 @@ class AveragedWeights(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.average = {name: tensor.clone() for name, tensor in _weights(model).items()}
         if self.resume_from is not None:
-            for name, tensor in load_file(self.resume_from / EMA_WEIGHTS).items():
+            for name, tensor in load_file(self.resume_from / AVERAGED).items():
                 _fill(self.average[name], tensor)
 
     @torch.no_grad()
@@ -164,7 +163,7 @@ class AveragedWeights(TrainerCallback):
         """Writes the average into a checkpoint; all processes take part in gathering what is sharded."""
         whole = {name: _whole(tensor).contiguous() for name, tensor in self.average.items()}
         if is_first_process():
-            save_file(whole, checkpoint / EMA_WEIGHTS)
+            save_file(whole, checkpoint / AVERAGED)
 
     @torch.no_grad()
     def swap(self, model: nn.Module) -> None:

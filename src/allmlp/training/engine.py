@@ -1,6 +1,7 @@
 """The Hugging Face Trainer as every training here uses it: from a recipe, resumable, with averaged weights."""
 
 import copy
+import json
 import logging
 import signal
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from allmlp.checkpoints import run_directory
 from allmlp.checkpoints.training_checkpoints import (
+    AVERAGED,
     STATE,
     checkpoint_path,
     checkpoints_in,
@@ -34,7 +36,6 @@ from allmlp.distributed import is_first_process, is_restarted, join_again, proce
 from allmlp.errors import Interrupted, UserError
 from allmlp.files import write_text
 from allmlp.training.callbacks import (
-    EMA_WEIGHTS,
     AveragedWeights,
     DataEpoch,
     EvaluationGivenUp,
@@ -46,6 +47,8 @@ from allmlp.training.recipe import Recipe, read_settings, recipe_to_yaml
 from allmlp.training.values import parse_yaml
 
 _log = logging.getLogger(__name__)
+# what a data set without a validation split is cut by
+_OF_THE_SPLIT = ("seed", "holdout")
 
 
 class Engine(Trainer):
@@ -60,6 +63,7 @@ class Engine(Trainer):
         per_example: How many of them one example holds.
         workers: Processes that prepare data.
         resume_from: The checkpoint to go on from.
+        tokenizer: A language model's, kept in every checkpoint.
         others: Further arguments of `transformers.Trainer`.
     """
 
@@ -74,11 +78,12 @@ class Engine(Trainer):
         per_example: int = 1,
         workers: int = 0,
         resume_from: Path | None = None,
+        tokenizer: Any = None,
         callbacks: Sequence[Any] = (),
         **others: Any,
     ):
         arguments = training_arguments(recipe, output, workers, "accuracy" if others.get("compute_metrics") else "loss")
-        self.resume_from, self.keep = resume_from, recipe.keep
+        self.resume_from, self.keep, self.tokenizer = resume_from, recipe.keep, tokenizer
         self.interruption = Interruption()
         self.divergence = Divergence(output, skip=recipe.nan == "skip")
         self.batches: list[tuple[Tensor, list[str]]] = []
@@ -273,6 +278,8 @@ class Engine(Trainer):
                 if best := self.state.best_global_step:
                     self.state.best_model_checkpoint = str(checkpoint_path(output, best))
                 self.state.save_to_json(str(unfinished / STATE))
+                if self.tokenizer is not None:
+                    run_directory.save_tokenizer(unfinished, self.tokenizer, self._weights().config)
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
                 publish_checkpoint(output, step)
@@ -315,7 +322,8 @@ def training_arguments(recipe: Recipe, output: Path, workers: int = 0, best: str
         use_cpu=on_cpu,
         torch_compile=recipe.compile,
         seed=recipe.seed,
-        logging_steps=recipe.log_every,
+        # a short training has a curve too
+        logging_steps=min(recipe.log_every, recipe.max_steps or recipe.log_every),
         # whoever looks at each loss waits for the accelerator, as a training that may skip steps does anyway
         logging_nan_inf_filter=recipe.nan == "skip",
         metric_for_best_model=best,
@@ -348,10 +356,11 @@ def refuse_output(output: Path, recipe: Recipe, *, resume: bool, overwrite: bool
     """Does nothing where a training may write its run directory; to be asked before data are read for minutes.
 
     Raises:
-        UserError: It is the folder of the data, or holds a run, which is neither to be gone on with nor to be replaced.
+        UserError: It lies in the folder of the data, or holds a run that is neither to be gone on with nor replaced.
     """
-    if output.is_dir() and recipe.data and output.resolve() == Path(recipe.data).expanduser().resolve():
-        raise UserError(f"{output} holds the data: choose another --output.")
+    data = Path(recipe.data).expanduser() if recipe.data else None
+    if data is not None and data.is_dir() and output.resolve().is_relative_to(data.resolve()):
+        raise UserError(f"{output} lies in the data, {data}, and would become part of it: choose another --output.")
     former = [*checkpoints_in(output), *output.glob(run_directory.CONFIG)]
     if former and not (resume or is_restarted() or overwrite):
         raise UserError(
@@ -360,7 +369,9 @@ def refuse_output(output: Path, recipe: Recipe, *, resume: bool, overwrite: bool
         )
 
 
-def prepare_output(output: Path, recipe: Recipe, model: Any, *, resume: bool, overwrite: bool) -> Path | None:
+def prepare_output(
+    output: Path, recipe: Recipe, model: Any, *, resume: bool, overwrite: bool, tokenizer: Any = None
+) -> Path | None:
     """Makes the run directory ready and writes the recipe into it.
 
     Args:
@@ -369,44 +380,57 @@ def prepare_output(output: Path, recipe: Recipe, model: Any, *, resume: bool, ov
         model: The transformers model that is going to be trained.
         resume: Go on from the last complete checkpoint in it.
         overwrite: Remove a former run in it.
+        tokenizer: A language model's.
 
     Returns:
         The checkpoint to go on from, if any: processes that torchrun has started anew always go on.
 
     Raises:
-        UserError: The checkpoint is damaged, or is one of another model; the run directory stays as it is.
+        UserError: The checkpoint is damaged, or is one of another model, or something else would be held out than in
+            the beginning; the run directory stays as it is.
     """
     resume = resume or is_restarted()
     checkpoint = None
     if resume:
-        checkpoint = last_checkpoint(output, also=(EMA_WEIGHTS,) if recipe.ema else ())
+        checkpoint = last_checkpoint(output, also=(AVERAGED,) if recipe.ema else ())
         _log.info("going on from %s", checkpoint) if checkpoint else _log.warning(
             "%s has no complete checkpoint to go on from: starting at the beginning", output
         )
         if checkpoint:
             require_readable(checkpoint)
+            changes = _changes(output, recipe)
             try:
-                run_directory.require_same_model(checkpoint, model)
+                run_directory.require_same_model(checkpoint, model, tokenizer)
+                if moved := [change for name, change in changes.items() if name in _OF_THE_SPLIT]:
+                    raise UserError(f"What is learnt from and what is held out would be mixed: {', '.join(moved)}.")
             except UserError as error:
                 raise UserError(
                     f"{error}\nGo on with the model and the data of the run, or choose another --output."
                 ) from error
+            if changes and _is_finished(checkpoint, recipe):
+                _log.warning("no step is left to train: the run keeps its recipe (%s)", ", ".join(changes.values()))
+                return checkpoint
+            if changes:
+                _log.warning("going on with other hyper-parameters: %s", ", ".join(changes.values()))
     if is_first_process():
         run_directory.remove_unfinished(output)
         if overwrite and not resume:
             run_directory.clear(output)
-        if checkpoint:
-            _warn_of_changes(output, recipe)
         write_text(output / run_directory.RECIPE, recipe_to_yaml(recipe))
     return checkpoint
 
 
-def _warn_of_changes(output: Path, recipe: Recipe) -> None:
-    """Says which hyper-parameters a resumed run does not share with its beginning."""
-    if (output / run_directory.RECIPE).is_file():
-        former, now = read_settings(output / run_directory.RECIPE), parse_yaml(recipe_to_yaml(recipe))
-        changes = [
-            f"{name} {former[name]} → {now[name]}" for name in now if name in former and former[name] != now[name]
-        ]
-        if changes:
-            _log.warning("going on with other hyper-parameters: %s", ", ".join(changes))
+def _changes(output: Path, recipe: Recipe) -> dict[str, str]:
+    """The hyper-parameters that a resumed run does not share with its beginning."""
+    if not (output / run_directory.RECIPE).is_file():
+        return {}
+    former, now = read_settings(output / run_directory.RECIPE), parse_yaml(recipe_to_yaml(recipe))
+    differing = [name for name in now if name in former and former[name] != now[name]]
+    return {name: f"{name} {former[name]} → {now[name]}" for name in differing}
+
+
+def _is_finished(checkpoint: Path, recipe: Recipe) -> bool:
+    state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    if recipe.max_steps is not None:
+        return state.get("global_step", 0) >= recipe.max_steps
+    return (state.get("epoch") or 0.0) >= recipe.epochs

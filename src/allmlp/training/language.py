@@ -1,6 +1,5 @@
 """From a language recipe to a trained run directory: causal and masked language models, classifiers of texts."""
 
-import dataclasses
 import functools
 import logging
 from pathlib import Path
@@ -23,6 +22,7 @@ from allmlp.data.tokenization import BYTES, Tokens, fitting_tokenizer, make_toke
 from allmlp.distributed import process_count, process_index
 from allmlp.errors import UserError, nearest, shown
 from allmlp.language import GMLPConfig, GMLPForCausalLM, GMLPForMaskedLM, GMLPForSequenceClassification
+from allmlp.language.configuration import MODEL_FIELDS
 from allmlp.machine import surroundings
 from allmlp.training import language_report
 from allmlp.training.callbacks import TensorBoard
@@ -129,7 +129,7 @@ def _train_language_model(
     training = _training_windows(recipe, data, context, masking)
     held_out = TokenWindows(data.validation, context, masking=masking)
     model = build_model(recipe, config, start)
-    resume_from = prepare_output(output, recipe, model, resume=resume, overwrite=overwrite)
+    resume_from = prepare_output(output, recipe, model, resume=resume, overwrite=overwrite, tokenizer=data.tokenizer)
     _log.info(
         "%s, %s parameters, %d tokens at once: %s %s to learn from, %s tokens held out, vocabulary of %d, %s",
         type(model).__name__,
@@ -141,7 +141,18 @@ def _train_language_model(
         len(data.tokenizer),
         chosen_precision(recipe.precision),
     )
-    engine = _engine(WindowsEngine, recipe, output, model, training, held_out, "tokens", context, resume_from)
+    engine = _engine(
+        WindowsEngine,
+        recipe,
+        output,
+        model,
+        training,
+        held_out,
+        "tokens",
+        context,
+        resume_from,
+        tokenizer=data.tokenizer,
+    )
     model = engine.run()
     if not engine.is_world_process_zero():
         return {}
@@ -196,7 +207,7 @@ def _train_classifier(
     context = recipe.context or config.max_position_embeddings
     training = TextBatches(train_texts, tokenizer, context)
     held_out = TextBatches(held_out_texts, tokenizer, context)
-    resume_from = prepare_output(output, recipe, model, resume=resume, overwrite=overwrite)
+    resume_from = prepare_output(output, recipe, model, resume=resume, overwrite=overwrite, tokenizer=tokenizer)
     _log.info(
         "%s parameters: %s texts to learn from, %s held out, %d classes, %s",
         f"{model.num_parameters():,}",
@@ -206,7 +217,17 @@ def _train_classifier(
         chosen_precision(recipe.precision),
     )
     engine = _engine(
-        Engine, recipe, output, model, training, held_out, "texts", 1, resume_from, compute_metrics=_accuracy_metric
+        Engine,
+        recipe,
+        output,
+        model,
+        training,
+        held_out,
+        "texts",
+        1,
+        resume_from,
+        tokenizer=tokenizer,
+        compute_metrics=_accuracy_metric,
     )
     model = engine.run()
     if not engine.is_world_process_zero():
@@ -219,6 +240,10 @@ def _train_classifier(
         output / run_directory.REPORT, metrics["history"], logits, labels, classes
     )
     return _finish(output, metrics, report)
+
+
+# the vocabulary's size may be larger
+_OF_THE_TOKENIZER = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
 def planned_config(recipe: LanguageRecipe, start: Any, tokenizer: Any, classes: tuple[str, ...] = ()) -> GMLPConfig:
@@ -234,11 +259,13 @@ def planned_config(recipe: LanguageRecipe, start: Any, tokenizer: Any, classes: 
         UserError: There is no such model, or it cannot be made so.
     """
     changes: dict[str, Any] = dict(recipe.model_args)
-    known = [field.name for field in dataclasses.fields(GMLPConfig)]
+    known = [name for name in MODEL_FIELDS if name not in _OF_THE_TOKENIZER]
     for name in changes:
+        if name in _OF_THE_TOKENIZER:
+            raise UserError(f"model_args sets {name}: that is what the tokenizer says.")
         # a configuration would keep it, and the model not read it
         if name not in known:
-            raise UserError(f"model_args sets {shown(name)}, which a GMLPConfig has not.{nearest(str(name), known)}")
+            raise UserError(f"model_args sets {shown(name)}, which no model has.{nearest(str(name), known)}")
     if recipe.dropout is not None:
         changes["hidden_dropout"] = recipe.dropout
     if recipe.survival is not None:
@@ -281,7 +308,7 @@ def build_model(recipe: LanguageRecipe, config: GMLPConfig, start: Any) -> Any:
     if start is not None:
         state, fresh = start.state_dict(), model.state_dict()
         kept = {name: state[name] for name in fresh if name in state and state[name].shape == fresh[name].shape}
-        unlike = [name for name in fresh if name.startswith("model.") and name not in kept]
+        unlike = [name for name in {**fresh, **state} if name.startswith("model.") and name not in kept]
         if unlike:
             raise UserError(f"The weights of {recipe.start_from} do not fit the model: {', '.join(unlike[:5])}.")
         new = [name for name in fresh if name not in kept]

@@ -142,6 +142,8 @@ def evaluate(
     if text_sources.is_table(data):
         columns = trained_columns(recipe, columns)
     if task == "text-classification":
+        if stride is not None:
+            raise UserError(f"{run} tells classes of whole texts: leave --stride out.")
         return found | _evaluate_classes(model, tokenizer, data, seen, columns, context, batch_size)
     if label_column is not None:
         raise UserError(f"{run} holds a model for {task}: it has no labels, leave --label-column out.")
@@ -203,7 +205,8 @@ def predict(
         if path.suffix in (".csv", ".parquet"):
             raise UserError(f"{path} is a table, not a text: name text files, or give texts (--text).")
         try:
-            read.append(path.read_text(encoding="utf-8"))
+            # line ends stay as they are, as in training
+            read.append(path.read_bytes().decode("utf-8"))
             entries.append({"file": str(path)})
         except UnicodeDecodeError as error:
             if strict:
@@ -377,9 +380,10 @@ def _check_characters(text: str, what: str) -> None:
 
 
 def _context(recipe: LanguageRecipe | None, model: Any) -> int:
-    """The tokens that a model is given at once: as in training, or all it takes."""
-    most = model.config.max_position_embeddings
-    return min(recipe.context or most, most) if recipe else most
+    """The tokens that a model is given at once: as in training, or as many as it was made for."""
+    own = model.config.max_position_embeddings
+    wanted = (recipe.context if recipe else None) or own
+    return wanted if model.config.spatial_weight == "toeplitz" else min(wanted, own)
 
 
 def _mask_token(tokenizer: Any, run: str) -> int:

@@ -10,13 +10,14 @@ import torch
 from jaxtyping import Float, Int
 from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from allmlp.files import write_text
 from allmlp.language import GMLPForCausalLM
 from allmlp.tables import table
 from allmlp.training.language_evaluation import unwritten
-from allmlp.training.report import BLUE, ORANGE, STYLE, draw_confusion, save
+from allmlp.training.report import BLUE, ORANGE, STYLE, draw_confusion, label_end, save
 
 _SAMPLE_TOKENS = 400
 
@@ -68,8 +69,9 @@ def draw_losses(history: Sequence[Mapping[str, float]]) -> Figure:
             axes.plot(*zip(*trained, strict=True), color=BLUE, alpha=0.8, linewidth=1, label="training")
         if tested:
             axes.plot(*zip(*tested, strict=True), color=ORANGE, marker="o", ms=3, label="held out")
-            axes.annotate(f"{tested[-1][1]:.4f}", tested[-1], xytext=(-4, 6), ha="right", textcoords="offset points")
+            label_end(axes, tested[-1], f"{tested[-1][1]:.4f}")
         axes.set(title="Loss (cross entropy, nats)", xlabel="step")
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
         axes.legend()
     return figure
 
@@ -131,7 +133,8 @@ def measures_text(measures: Mapping[str, Any], what: str) -> str:
     for unit in ("token", "character", "byte"):
         if f"nats_per_{unit}" in measures:
             rows.append((unit, f"{measures[f'nats_per_{unit}']:.4f}", f"{measures[f'bits_per_{unit}']:.4f}"))
-    head = f"{measures['predicted']:,} {what} tokens predicted, perplexity {measures['perplexity']:.4g}"
+    tokens = f"{what} tokens" if what else "tokens"
+    head = f"{measures['predicted']:,} {tokens} predicted, perplexity {measures['perplexity']:.4g}"
     return f"{head}\n{table(rows, right=(1, 2))}"
 
 
@@ -139,7 +142,7 @@ def evaluation_text(found: Mapping[str, Any]) -> str:
     """What `evaluate` found, as text."""
     head = f"{found['run']} on {found['data']} ({found['part']})"
     if "per_class" not in found:
-        return f"{head}\n{measures_text(found, found['part'])}"
+        return f"{head}\n{measures_text(found, '' if found['part'] == 'all' else found['part'])}"
     rows = [("class", "texts", "accuracy", "precision")]
     for name, figures in found["per_class"].items():
         rows.append((name, f"{figures['texts']:,}", f"{figures['accuracy']:.2%}", f"{figures['precision']:.2%}"))

@@ -90,6 +90,9 @@ class Recipe:
         self._require("at least 0", lambda v: v >= 0, "workers", "adam_eps")
         self._require("from 0 to 4294967295", lambda v: 0 <= v < 2**32, "seed")
         self._require("at least 0 and below 1", lambda v: 0 <= v < 1, "ema", "beta1", "beta2")
+        if self.min_lr and self.schedule != "cosine":
+            raise UserError(f"min_lr is for the cosine; the schedule {self.schedule} has no such end.")
+        self._require(f"at most lr, {self.lr}", lambda v: v <= self.lr, "min_lr")
 
     def _require(self, rule: str, holds: Callable[[Any], bool], *names: str) -> None:
         for name in names:
@@ -161,6 +164,8 @@ class LanguageRecipe(Recipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require("at least 1", lambda v: v >= 1, "context", "train_tokenizer")
+        if self.tokenizer and self.train_tokenizer:
+            raise UserError(f"tokenizer {self.tokenizer} and train_tokenizer exclude each other: set one of them.")
         self._require("above 0 and below 1", lambda v: 0 < v < 1, "holdout")
         self._require("at least 0 and below 1", lambda v: 0 <= v < 1, "dropout")
         self._require("above 0 and at most 1", lambda v: 0 < v <= 1, "survival")

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -102,7 +103,9 @@ def draw_curves(history: Sequence[dict[str, float]], final: float) -> Figure:
             left.plot(*zip(*trained, strict=True), color=BLUE, alpha=0.8, linewidth=1, label="training")
         marker = "o" if len(epochs) <= 40 else None
         left.plot(epochs, [e["eval_loss"] for e in tested], color=ORANGE, marker=marker, ms=3, label="held out")
-        left.set(title="Loss (cross entropy, nats)", xlabel="epoch", ylim=(0, None))
+        left.set(title="Loss (cross entropy, nats)", xlabel="epoch")
+        left.margins(y=0.08)
+        left.set_ylim(bottom=0)
         left.legend()
         accuracy = [100 * entry["eval_accuracy"] for entry in tested]
         right.plot(epochs, accuracy, color=ORANGE, marker=marker, ms=3, label="top 1")
@@ -110,13 +113,18 @@ def draw_curves(history: Sequence[dict[str, float]], final: float) -> Figure:
             right.plot(epochs, [100 * e["eval_top5"] for e in tested], color=GREEN, linewidth=1, label="top 5")
             right.legend(loc="lower right")
         if accuracy:
-            last = (epochs[-1], accuracy[-1])
-            right.annotate(f"{final:.2%}", last, xytext=(-4, -14), ha="right", textcoords="offset points")
+            label_end(right, (epochs[-1], accuracy[-1]), f"{final:.2%}")
         right.set(title="Accuracy on held-out images (%)", xlabel="epoch")
-        right.autoscale(axis="y")
         for axes in (left, right):
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+            axes.set_xlim(left=0)
+            whole = bool(epochs) and epochs[-1] >= 1
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=whole, min_n_ticks=1))
     return figure
+
+
+def label_end(axes: Any, point: tuple[float, float], text: str) -> None:
+    """Writes beside a curve's last point, where no curve is."""
+    axes.annotate(text, point, xytext=(6, 0), ha="left", va="center", textcoords="offset points")
 
 
 def draw_confusion(true: Int[Tensor, " images"], predicted: Int[Tensor, " images"], classes: Sequence[str]) -> Figure:
