@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import allmlp
 from allmlp.checkpoints import MissingFacts, conversion, run_directory
 from allmlp.checkpoints.conversion import LAYOUTS, SOURCES, convert_checkpoint, convert_state_dict, write_run_directory
+from allmlp.data.tokenization import make_tokenizer
 from allmlp.errors import UserError
 from tests.checkpoints import originals, parity
 from tests.checkpoints.parity import GOLDEN, Case
@@ -237,6 +238,30 @@ class TestRunDirectory:
         with pytest.raises(UserError, match="holds a run already"):
             write_run_directory(found, tmp_path / "run")
         write_run_directory(found, tmp_path / "run", overwrite=True)
+
+    @pytest.mark.parametrize("former", ["checkpoint-7", "recipe.yaml"])
+    def test_a_training_that_has_not_ended_is_a_run(self, tmp_path, former: str) -> None:
+        (tmp_path / former).mkdir()
+        found = parity.golden(GOLDEN / "timm_gmlp").convert()
+        with pytest.raises(UserError, match="holds a run already"):
+            write_run_directory(found, tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == [former]
+
+    def test_what_lies_beside_no_run_stays(self, tmp_path) -> None:
+        (tmp_path / "report").mkdir()
+        (tmp_path / "report" / "thesis.tex").touch()
+        write_run_directory(parity.golden(GOLDEN / "timm_gmlp").convert(), tmp_path, overwrite=True)
+        assert (tmp_path / "report" / "thesis.tex").exists()
+
+    def test_a_former_tokenizer_does_not_serve_the_new_model(self, tmp_path) -> None:
+        found = parity.golden(GOLDEN / "lucidrains_causal_lm").convert()
+        write_run_directory(found, tmp_path / "run", tokenizer=make_tokenizer("bytes", []))
+        assert (tmp_path / "run" / "tokenizer.json").exists()
+        write_run_directory(found, tmp_path / "run", overwrite=True)
+        written = sorted(path.name for path in (tmp_path / "run").iterdir())
+        assert written == ["config.json", "generation_config.json", "model.safetensors"]
+        write_run_directory(parity.golden(GOLDEN / "timm_gmlp").convert(), tmp_path / "run", overwrite=True)
+        assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.json", "model.safetensors"]
 
     @pytest.mark.parametrize("name", ["timm_gmlp", "lucidrains_causal_lm"])
     def test_without_room_the_former_run_stays(self, tmp_path, monkeypatch, name) -> None:

@@ -143,13 +143,26 @@ def test_broken_weights_and_unknown_architectures_are_named(saved: tuple[Path, t
         allmlp.load(run)
 
 
-def test_clearing_removes_a_run_and_nothing_else(saved: tuple[Path, torch.nn.Module]) -> None:
+def test_removing_a_run_leaves_what_is_not_its_own(saved: tuple[Path, torch.nn.Module]) -> None:
     run, _ = saved
-    (run / "checkpoint-3").mkdir()
-    (run / "report").mkdir()
-    (run / "mine.txt").write_text("kept")
-    run_directory.clear(run)
-    assert [path.name for path in run.iterdir()] == ["mine.txt"]
+    for folder in ("checkpoint-3", "checkpoint-best", "report", "tensorboard"):
+        (run / folder).mkdir()
+    for file in ("tokenizer.json", "special_tokens_map.json", "model-00001-of-00002.safetensors", "mine.txt"):
+        (run / file).touch()
+    run_directory.remove(run_directory.former_run(run), keep=["config.json"])
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoint-best", "config.json", "mine.txt"]
+
+
+def test_a_configuration_a_recipe_or_a_checkpoint_makes_a_run(tmp_path: Path) -> None:
+    for name in ("report", "model.safetensors", "tokenizer.json", "checkpoint-best"):
+        (tmp_path / name).mkdir()
+    assert run_directory.former_run(tmp_path) == []
+    assert run_directory.former_run(tmp_path / "none") == []
+    for name in ("config.json", "recipe.yaml", "checkpoint-7"):
+        (tmp_path / name).mkdir()
+        found = {path.name for path in run_directory.former_run(tmp_path)}
+        assert found == {name, "report", "model.safetensors", "tokenizer.json"}
+        (tmp_path / name).rmdir()
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:

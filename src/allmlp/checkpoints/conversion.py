@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -211,7 +211,7 @@ def write_run_directory(
             written, and a former one is still there.
     """
     directory, model, architecture = Path(directory), conversion.model, conversion.architecture
-    if (directory / run_directory.CONFIG).exists() and not overwrite:
+    if run_directory.former_run(directory) and not overwrite:
         raise UserError(f"{directory} holds a run already. Choose another --output, or replace it (--overwrite).")
     if isinstance(architecture, LanguageArchitecture):
         if classes:
@@ -231,14 +231,16 @@ def write_run_directory(
     _replace(directory, lambda: run_directory.save_classifier(wrapped, directory))
 
 
-def _replace(directory: Path, save: Callable[[], None]) -> None:
+def _replace(directory: Path, save: Callable[[], Container[str]]) -> None:
     """Saves a run, then removes what is left of a former one, which stays as it is where there is no room."""
+    former = run_directory.former_run(directory)
     try:
-        save()
+        written = save()
     # safetensors has an error of its own for a full disk
     except (OSError, SafetensorError) as error:
         raise UserError(f"{directory} cannot be written to: {first_line(error)}") from error
-    run_directory.clear(directory, keep=(run_directory.CONFIG, run_directory.WEIGHTS))
+    run_directory.remove_unfinished(directory)
+    run_directory.remove(former, keep=written)
 
 
 def _identify(tensors: Mapping[str, Tensor], source: str | None) -> tuple[Layout, Tensors]:

@@ -27,7 +27,7 @@ from allmlp.errors import UserError, nearest, shown
 from allmlp.files import UNFINISHED, atomic_path, to_disk, write_json
 
 CONFIG, WEIGHTS, RECIPE, METRICS, REPORT = "config.json", "model.safetensors", "recipe.yaml", "metrics.json", "report"
-FAULTS = "nan.jsonl"
+FAULTS, EVENTS = "nan.jsonl", "tensorboard"
 VISION, LANGUAGE = "timm_wrapper", "gmlp"
 # What a run of each kind of model does, by transformers' names of tasks.
 _LANGUAGE_TASKS = {
@@ -35,6 +35,22 @@ _LANGUAGE_TASKS = {
     "GMLPForMaskedLM": "fill-mask",
     "GMLPForSequenceClassification": "text-classification",
 }
+# What transformers may write beside, in patterns: weights in parts, an image processor, a tokenizer.
+_BESIDE = (
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+)
 _PREFIX = "timm_model."
 
 TimmModel = Any
@@ -77,12 +93,15 @@ def plain_state_dict(wrapped: nn.Module) -> dict[str, Tensor]:
     return {name.removeprefix(_PREFIX): tensor for name, tensor in wrapped.state_dict().items()}
 
 
-def save_classifier(wrapped: Any, directory: str | Path) -> None:
+def save_classifier(wrapped: Any, directory: str | Path) -> list[str]:
     """Writes `config.json` and `model.safetensors`, each all at once and only if there is room for both.
 
     Args:
         wrapped: What `classifier` gives.
         directory: The run directory; made where it is missing.
+
+    Returns:
+        The files' names.
     """
     directory = Path(directory)
     weights = {name: tensor.contiguous() for name, tensor in plain_state_dict(wrapped).items()}
@@ -91,15 +110,19 @@ def save_classifier(wrapped: Any, directory: str | Path) -> None:
     with atomic_path(directory / CONFIG) as config, atomic_path(directory / WEIGHTS) as temporary:
         config.write_text(wrapped.config.to_json_string(use_diff=True), encoding="utf-8")
         save_file(weights, temporary, metadata={"format": "pt"})
+    return [WEIGHTS, CONFIG]
 
 
-def save_language(directory: str | Path, model: Any, tokenizer: Any = None) -> None:
+def save_language(directory: str | Path, model: Any, tokenizer: Any = None) -> list[str]:
     """Writes a language model and its tokenizer as transformers saves them, each file all at once.
 
     Args:
         directory: The run directory; made where it is missing.
         model: A model of `allmlp.language`.
         tokenizer: A tokenizer of transformers.
+
+    Returns:
+        The files' names.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -110,8 +133,10 @@ def save_language(directory: str | Path, model: Any, tokenizer: Any = None) -> N
         for path in Path(temporary).iterdir():
             to_disk(path)
         # the configuration last, which makes it a run directory
-        for path in sorted(Path(temporary).iterdir(), key=lambda path: path.name == CONFIG):
+        written = sorted(Path(temporary).iterdir(), key=lambda path: path.name == CONFIG)
+        for path in written:
             os.replace(path, directory / path.name)
+    return [path.name for path in written]
 
 
 def save_tokenizer(directory: str | Path, tokenizer: Any, config: Any) -> None:
@@ -377,22 +402,35 @@ def _class_names(config: Mapping[str, Any]) -> list[str]:
     return list(config.get("label_names") or (config.get("id2label") or {}).values())
 
 
+def former_run(directory: str | Path) -> list[Path]:
+    """What a run has left in its directory, files and folders; nothing where there is no run.
+
+    A configuration, a recipe or a checkpoint makes it one: a folder `report` alone may be anybody's.
+    """
+    directory = Path(directory)
+    checkpoints = checkpoints_in(directory)
+    own = [path for name in (CONFIG, WEIGHTS, RECIPE, METRICS, FAULTS, REPORT, EVENTS) for path in directory.glob(name)]
+    if not checkpoints and not {CONFIG, RECIPE} & {path.name for path in own}:
+        return []
+    return [*checkpoints, *own, *(path for pattern in _BESIDE for path in directory.glob(pattern))]
+
+
+def remove(paths: Iterable[Path], keep: Container[str] = ()) -> None:
+    """Removes a former run's files and folders; `keep` names those that a new one has replaced."""
+    for path in paths:
+        if path.name in keep:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def remove_unfinished(directory: str | Path) -> None:
     """Removes what was being written, or being removed, when a former run ended all of a sudden."""
     for place in (Path(directory), Path(directory) / REPORT):
         for path in place.glob(f"*{UNFINISHED}"):
             shutil.rmtree(path, ignore_errors=True)
-
-
-def clear(directory: str | Path, keep: Container[str] = ()) -> None:
-    """Removes what a former run left in its directory, and nothing else; `keep` names files of a new one."""
-    directory = Path(directory)
-    remove_unfinished(directory)
-    for path in [*checkpoints_in(directory), directory / REPORT, directory / "tensorboard"]:
-        shutil.rmtree(path, ignore_errors=True)
-    for name in (CONFIG, WEIGHTS, RECIPE, METRICS, FAULTS):
-        if name not in keep:
-            (directory / name).unlink(missing_ok=True)
 
 
 def _weights(directory: str | Path) -> Path:

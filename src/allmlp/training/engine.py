@@ -23,7 +23,6 @@ from allmlp.checkpoints.training_checkpoints import (
     AVERAGED,
     STATE,
     checkpoint_path,
-    checkpoints_in,
     last_checkpoint,
     publish_checkpoint,
     require_readable,
@@ -361,8 +360,7 @@ def refuse_output(output: Path, recipe: Recipe, *, resume: bool, overwrite: bool
     data = Path(recipe.data).expanduser() if recipe.data else None
     if data is not None and data.is_dir() and output.resolve().is_relative_to(data.resolve()):
         raise UserError(f"{output} lies in the data, {data}, and would become part of it: choose another --output.")
-    former = [*checkpoints_in(output), *output.glob(run_directory.CONFIG)]
-    if former and not (resume or is_restarted() or overwrite):
+    if run_directory.former_run(output) and not (resume or is_restarted() or overwrite):
         raise UserError(
             f"{output} holds a run already. Choose another --output, go on with it (--resume), "
             "or replace it (--overwrite)."
@@ -415,7 +413,7 @@ def prepare_output(
     if is_first_process():
         run_directory.remove_unfinished(output)
         if overwrite and not resume:
-            run_directory.clear(output)
+            run_directory.remove(run_directory.former_run(output))
         write_text(output / run_directory.RECIPE, recipe_to_yaml(recipe))
     return checkpoint
 

@@ -364,7 +364,7 @@ def _engine(
     **settings: Any,
 ) -> Engine:
     resumed_at = checkpoint_step(resume_from) if resume_from else 0
-    board = TensorBoard(output / "tensorboard", _Logits(model), held_out[0]["input_ids"], resumed_at)
+    board = TensorBoard(output / run_directory.EVENTS, _Logits(model), held_out[0]["input_ids"], resumed_at)
     return kind(
         recipe,
         output,
