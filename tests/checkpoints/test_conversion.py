@@ -328,4 +328,5 @@ def test_a_trainer_s_file_is_read_whole(tmp_path) -> None:
     assert found.notes == (
         "The averaged weights ('state_dict_ema') are taken, not 'state_dict'.",
         "Left aside, since it is no weights: 'epoch', 'optimizer'.",
+        "img_size is not stored; 6×6 pixels is assumed.",
     )

@@ -33,7 +33,10 @@ def test_learnt_positions_are_refused_by_name() -> None:
 
 def test_the_table_of_positions_is_reported() -> None:
     found = convert_state_dict(originals.labml().model.state_dict())
-    assert found.notes == ("'src_embed.positional_encodings' is the table of sinusoids, which the model computes.",)
+    assert found.notes == (
+        "causal is not stored; true is assumed.",
+        "'src_embed.positional_encodings' is the table of sinusoids, which the model computes.",
+    )
 
 
 def test_use_in_both_directions_may_be_given() -> None:

@@ -159,6 +159,19 @@ def test_a_model_without_embedding_is_refused_by_name() -> None:
 
 
 class TestPatches:
+    @pytest.mark.parametrize("make", [originals.lucidrains_image, originals.lucidrains_mixer])
+    def test_what_the_shapes_leave_open_is_said(self, make) -> None:
+        weights = make(patch=2, channels=12) if make is originals.lucidrains_mixer else make(channels=12, patch=(2, 2))
+        weights = weights.model.state_dict()
+        assert convert_state_dict(weights).notes == (
+            "img_size is not stored; 12×12 pixels is assumed.",
+            "patch_size is not stored; 4×4 pixels is assumed.",
+            "in_chans is not stored; 3 is assumed.",
+        )
+        found = convert_state_dict(weights, facts={"in_chans": 12, "patch_size": 2, "img_size": [2, 18]})
+        assert found.notes == ()
+        assert found.model.stem.grid_size == (1, 9)
+
     def test_channels_that_are_not_three_have_to_be_given(self) -> None:
         weights = originals.lucidrains_image(channels=5).model.state_dict()
         with pytest.raises(UserError, match="A patch has 20 numbers, not 2×2 pixels of 3 channels: give in_chans="):

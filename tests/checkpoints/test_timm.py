@@ -71,8 +71,12 @@ def test_a_grid_that_is_not_square_has_to_be_given() -> None:
 
 def test_a_square_number_of_tokens_may_be_another_grid() -> None:
     weights = originals.timm_mixer(grid=(4, 9), patch=2).model.state_dict()
-    assert convert_state_dict(weights).model.stem.grid_size == (6, 6)
-    assert convert_state_dict(weights, facts={"img_size": [8, 18]}).model.stem.grid_size == (4, 9)
+    found = convert_state_dict(weights)
+    assert found.model.stem.grid_size == (6, 6)
+    assert "img_size is not stored; 12×12 pixels is assumed." in found.notes
+    found = convert_state_dict(weights, facts={"img_size": [8, 18]})
+    assert found.model.stem.grid_size == (4, 9)
+    assert not [note for note in found.notes if "img_size" in note]
 
 
 def test_gated_mixers_are_refused_by_name() -> None:

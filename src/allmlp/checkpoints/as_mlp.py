@@ -126,7 +126,9 @@ def _parse_shift_size(value: Any) -> int:
 
 
 _INFERRED = "widths, depths of the stages, patch size"
-_IMG_SIZE = Fact(name="img_size", help="image size that images are prepared to, 224 by default", parse=parse_size)
+_IMG_SIZE = Fact(
+    name="img_size", help="image size that images are prepared to", parse=parse_size, assumed="224×224 pixels"
+)
 
 LAYOUTS = (
     Layout(

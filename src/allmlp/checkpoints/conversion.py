@@ -148,7 +148,7 @@ def convert_state_dict(
     """
     check_weights(tensors)
     layout, tensors = _identify(tensors, source)
-    known, notes = _known_facts(layout, facts or {}, beside or {})
+    known = _known_facts(layout, facts or {}, beside or {})
     architecture, renamed = layout.convert(tensors, known)
     where = f"this checkpoint ({layout.source}, {layout.family})"
     # what does not fit is found out before it takes memory
@@ -158,7 +158,13 @@ def convert_state_dict(
     run_directory.check_shapes(blank, {name: list(tensor.shape) for name, tensor in weights.items()}, where)
     model = architecture.build().to(widest(renamed))
     run_directory.load_weights(model, weights, where)
-    return Conversion(model=model.eval(), architecture=architecture, layout=layout, notes=(*notes, *architecture.notes))
+    assumed = [
+        f"{fact.name} is not stored; {fact.assumed.format(model=model)} is assumed."
+        for fact in layout.facts
+        if fact.assumed and fact.name not in known
+    ]
+    notes = (*assumed, *architecture.notes)
+    return Conversion(model=model.eval(), architecture=architecture, layout=layout, notes=notes)
 
 
 def summary_text(found: Mapping[str, Any]) -> str:
@@ -263,17 +269,15 @@ def _identify(tensors: Mapping[str, Tensor], source: str | None) -> tuple[Layout
     raise UserError(f"No known project saves weights of these names: {names}, …. Known are {', '.join(SOURCES)}.")
 
 
-def _known_facts(
-    layout: Layout, given: Mapping[str, Any], beside: Mapping[str, Any]
-) -> tuple[dict[str, Any], list[str]]:
-    """All that is known about a model beside its weights, and a note on each thing that is only assumed."""
+def _known_facts(layout: Layout, given: Mapping[str, Any], beside: Mapping[str, Any]) -> dict[str, Any]:
+    """All that is known about a model beside its weights."""
     named = {fact.name: fact for fact in layout.facts}
     kind = f"a {layout.source} checkpoint ({layout.family})"
     unknown = [name for name in given if name not in named]
     if unknown:
         allowed = f"what can be given is {', '.join(named)}" if named else "nothing has to be given"
         raise UserError(f"This is {kind}, for which there is no {', '.join(unknown)}; {allowed}.")
-    known = {}
+    known: dict[str, Any] = {}
     stored = layout.stored(beside) if layout.stored else {}
     for name, value in {**stored, **given}.items():
         try:
@@ -289,8 +293,7 @@ def _known_facts(
             + f" (on the command line: --set {' '.join(f'{name}=…' for name in names)}).",
             names,
         )
-    assumed = [fact for fact in layout.facts if fact.assumed and fact.name not in known]
-    return known, [f"{fact.name} is not stored; {fact.assumed} is assumed." for fact in assumed]
+    return known
 
 
 def _fit(tensors: Tensors, model: nn.Module) -> Tensors:

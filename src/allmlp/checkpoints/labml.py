@@ -5,6 +5,7 @@ It is causal, since labml's model masks later tokens itself, unless the fact `ca
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -66,6 +67,6 @@ LAYOUTS = (
         recognises=_recognises,
         convert=_labml,
         inferred="vocabulary, widths, depth, length, sinusoidal positions and embedding scale",
-        facts=(CAUSAL,),
+        facts=(replace(CAUSAL, assumed="true"),),
     ),
 )

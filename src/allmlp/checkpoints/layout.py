@@ -27,7 +27,7 @@ class Fact:
         help: What it says, and the values it takes.
         parse: The value from what the user gave; raises ValueError for what is not allowed.
         required: Whether it has to be given.
-        assumed: What holds where nobody gives it, in words, if that has to be said.
+        assumed: What holds where nobody gives it, in words, if that has to be said; `{model}` in them is the model.
     """
 
     name: str
@@ -199,12 +199,25 @@ def parse_channels(value: Any) -> int:
 
 CAUSAL = Fact(name="causal", help="whether a token reads earlier tokens only, true or false", parse=parse_flag)
 SQUARE_IMG_SIZE = Fact(
-    name="img_size", help="image size in pixels, [height, width], where it is not square", parse=parse_size
+    name="img_size",
+    help="image size in pixels, [height, width], where it is not square",
+    parse=parse_size,
+    assumed="{model.stem.img_size[0]}×{model.stem.img_size[1]} pixels",
 )
 IMAGE_FACTS = (
     SQUARE_IMG_SIZE,
-    Fact(name="patch_size", help="patch size in pixels, [height, width], where it is not square", parse=parse_size),
-    Fact(name="in_chans", help="channels of the image, where they are not 3", parse=parse_channels),
+    Fact(
+        name="patch_size",
+        help="patch size in pixels, [height, width], where it is not square",
+        parse=parse_size,
+        assumed="{model.stem.patch_size[0]}×{model.stem.patch_size[1]} pixels",
+    ),
+    Fact(
+        name="in_chans",
+        help="channels of the image, where they are not 3",
+        parse=parse_channels,
+        assumed="3",
+    ),
 )
 
 
