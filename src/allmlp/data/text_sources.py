@@ -310,9 +310,8 @@ def read_tables(data: str) -> dict[str, Any]:
     except Exception as error:
         reason = first_line(error.__cause__ or error)
         if not path.exists():
-            raise UserError(
-                f"'{data}' is neither {STDLIB}, nor a file or folder here, nor a Hub dataset that can be loaded: {reason}"
-            ) from error
+            what = f"neither {STDLIB}, nor a file or folder here, nor a Hub dataset that can be loaded"
+            raise UserError(f"'{data}' is {what}: {reason}") from error
         shards = [path] if path.suffix == ".parquet" else sorted(path.rglob("*.parquet"))
         raise UserError(f"{broken_shard(shards) or data} cannot be read as text: {reason}") from error
     return {split: found[name] for split, name in split_names(found, data).items()}
