@@ -71,6 +71,7 @@ def draw_losses(history: Sequence[Mapping[str, float]]) -> Figure:
             axes.plot(*zip(*tested, strict=True), color=ORANGE, marker="o", ms=3, label="held out")
             label_end(axes, tested[-1], f"{tested[-1][1]:.4f}")
         axes.set(title="Loss (cross entropy, nats)", xlabel="step")
+        axes.set_xlim(left=0)
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
         axes.legend()
     return figure
