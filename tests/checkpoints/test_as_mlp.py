@@ -3,7 +3,7 @@ import torch
 
 import allmlp
 from allmlp.checkpoints import MissingFacts
-from allmlp.checkpoints.conversion import convert_checkpoint, convert_state_dict, write_run_directory
+from allmlp.checkpoints.conversion import LAYOUTS, convert_checkpoint, convert_state_dict, write_run_directory
 from allmlp.checkpoints.reading import read_checkpoint
 from allmlp.checkpoints.unwrapping import unwrap
 from allmlp.errors import UserError
@@ -30,7 +30,7 @@ def test_a_shift_size_that_is_given_wins() -> None:
 @pytest.mark.parametrize("config", [None, "a string", {}, {"MODEL": {"TYPE": "asmlp"}}])
 def test_without_one_it_is_asked_for(weights: dict[str, torch.Tensor], config: object) -> None:
     with pytest.raises(MissingFacts, match="does not store shift_size") as caught:
-        convert_state_dict(weights, beside={"config": config})
+        convert_state_dict({**weights, "config": config})
     assert caught.value.names == ("shift_size",)
 
 
@@ -42,9 +42,9 @@ def test_it_has_to_be_odd(weights: dict[str, torch.Tensor], shift_size: object) 
 
 def test_the_image_size_is_for_preparing_images(weights: dict[str, torch.Tensor]) -> None:
     stored = {"MODEL": {"ASMLP": {"SHIFT_SIZE": 5}}, "DATA": {"IMG_SIZE": 64}}
-    model = convert_state_dict(weights, beside={"config": stored}).model
+    model = convert_state_dict({**weights, "config": stored}).model
     assert model.pretrained_cfg["input_size"] == (3, 64, 64)
-    model = convert_state_dict(weights, facts={"img_size": [32, 64]}, beside={"config": stored}).model
+    model = convert_state_dict({**weights, "config": stored}, facts={"img_size": [32, 64]}).model
     assert model.pretrained_cfg["input_size"] == (3, 32, 64)
 
 
@@ -58,7 +58,7 @@ def test_a_stem_without_norm_is_refused_by_name(weights: dict[str, torch.Tensor]
 class TestBackbone:
     @pytest.fixture
     def weights(self) -> dict[str, torch.Tensor]:
-        return unwrap(read_checkpoint(BACKBONE)).tensors
+        return unwrap(read_checkpoint(BACKBONE), LAYOUTS).tensors
 
     def test_it_becomes_a_features_only_model(self) -> None:
         model = allmlp.convert(BACKBONE)
@@ -69,12 +69,12 @@ class TestBackbone:
 
     def test_what_is_left_out_is_said(self) -> None:
         notes = convert_checkpoint(BACKBONE).notes
-        assert notes[0] == "The backbone is taken, without 'neck', 'decode_head'."
+        assert notes[0] == "The part 'state_dict.backbone' is taken, without 'neck', 'decode_head'."
 
     def test_the_configuration_is_believed_not_the_name(self, weights: dict[str, torch.Tensor]) -> None:
         meta = read_checkpoint(BACKBONE)["meta"]
         assert "shift5" in meta["exp_name"]
-        model = convert_state_dict(weights, beside={"meta": meta}).model
+        model = convert_state_dict({**weights, "meta": meta}).model
         assert model.model.blocks[0].axial_shift.shift_size == 3
 
     @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ class TestBackbone:
     )
     def test_without_one_shift_size_it_is_asked_for(self, weights: dict[str, torch.Tensor], meta: object) -> None:
         with pytest.raises(MissingFacts, match="5 or 3 in the published ones, whose names say shift5") as caught:
-            convert_state_dict(weights, beside={"meta": meta})
+            convert_state_dict({**weights, "meta": meta})
         assert caught.value.names == ("shift_size",)
 
     def test_levels_are_those_with_a_norm(self, weights: dict[str, torch.Tensor]) -> None:

@@ -1,6 +1,5 @@
 """Public all-MLP checkpoints to models here, whoever saved them."""
 
-import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence
@@ -27,7 +26,7 @@ from allmlp.checkpoints import (
 from allmlp.checkpoints.architecture import Architecture, LanguageArchitecture
 from allmlp.checkpoints.layout import Layout, Tensors, widest
 from allmlp.checkpoints.reading import read_checkpoint
-from allmlp.checkpoints.unwrapping import check_weights, strip_prefix, unwrap
+from allmlp.checkpoints.unwrapping import check_weights, unwrap
 from allmlp.errors import UserError, first_line, nearest, shown
 
 LAYOUTS: tuple[Layout, ...] = (
@@ -122,33 +121,30 @@ def convert_checkpoint(
     """`convert`, with everything that was found out; arguments and errors as there."""
     contents = read_checkpoint(path)
     try:
-        unwrapped = unwrap(contents)
-        conversion = convert_state_dict(unwrapped.tensors, source, facts, beside=unwrapped.beside)
+        return convert_state_dict(contents, source, facts)
     except MissingFacts as error:
         raise MissingFacts(f"{path}: {error}", error.names) from error
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    return dataclasses.replace(conversion, notes=(*unwrapped.notes, *conversion.notes))
 
 
 def convert_state_dict(
-    tensors: Mapping[str, Tensor],
-    source: str | None = None,
-    facts: Mapping[str, Any] | None = None,
-    *,
-    beside: Mapping[str, Any] | None = None,
+    contents: Mapping[str, Any], source: str | None = None, facts: Mapping[str, Any] | None = None
 ) -> Conversion:
     """`convert` for a state dict in memory.
 
     Args:
-        tensors: The state dict.
+        contents: The state dict, or what a trainer saves, with the state dict in it.
         source: As in `convert`.
         facts: As in `convert`.
-        beside: What the trainer saved beside the weights, such as its configuration under `"config"`.
     """
+    wanted = None if source is None else _known_source(source)
+    unwrapped = unwrap(contents, LAYOUTS)
+    layout, tensors = unwrapped.layout, unwrapped.tensors
+    if wanted not in (None, layout.source):
+        raise UserError(f"This is no checkpoint of {wanted}: its weights have the names of {layout.source}.")
     check_weights(tensors)
-    layout, tensors = _identify(tensors, source)
-    known = _known_facts(layout, facts or {}, beside or {})
+    known = _known_facts(layout, facts or {}, unwrapped.beside)
     architecture, renamed = layout.convert(tensors, known)
     where = f"this checkpoint ({layout.source}, {layout.family})"
     # what does not fit is found out before it takes memory
@@ -163,7 +159,7 @@ def convert_state_dict(
         for fact in layout.facts
         if fact.assumed and fact.name not in known
     ]
-    notes = (*assumed, *architecture.notes)
+    notes = (*unwrapped.notes, *assumed, *architecture.notes)
     return Conversion(model=model.eval(), architecture=architecture, layout=layout, notes=notes)
 
 
@@ -249,24 +245,16 @@ def _replace(directory: Path, save: Callable[[], Container[str]]) -> None:
     run_directory.remove(former, keep=written)
 
 
-def _identify(tensors: Mapping[str, Tensor], source: str | None) -> tuple[Layout, Tensors]:
-    """The layout of these tensors, and the tensors without the prefixes of wrapping modules."""
-    if source is not None:
-        source = source.lower().replace("_", "-")
-        if source not in SOURCES:
-            raise UserError(f"There is no source '{source}', only {', '.join(SOURCES)}.{nearest(source, SOURCES)}")
-    stripped: Tensors | None = dict(tensors)
-    while stripped is not None:
-        for layout in LAYOUTS:
-            if layout.recognises(stripped):
-                if source not in (None, layout.source):
-                    raise UserError(
-                        f"This is no checkpoint of {source}: its weights have the names of {layout.source}."
-                    )
-                return layout, stripped
-        stripped = strip_prefix(stripped)
-    names = ", ".join(list(tensors)[:6])
-    raise UserError(f"No known project saves weights of these names: {names}, …. Known are {', '.join(SOURCES)}.")
+def _known_source(name: str) -> str:
+    """A source by its name, however it is written.
+
+    Raises:
+        UserError: There is none.
+    """
+    source = str(name).lower().replace("_", "-")
+    if source not in SOURCES:
+        raise UserError(f"There is no source '{source}', only {', '.join(SOURCES)}.{nearest(source, SOURCES)}")
+    return source
 
 
 def _known_facts(layout: Layout, given: Mapping[str, Any], beside: Mapping[str, Any]) -> dict[str, Any]:

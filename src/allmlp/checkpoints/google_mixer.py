@@ -31,8 +31,7 @@ _BLOCK = {
     "channel_mixing.Dense_0": "mlp_channels.fc1",
     "channel_mixing.Dense_1": "mlp_channels.fc2",
 }
-# What a release puts in front of all names, and of a block's number.
-_ROOT = re.compile(r"^(.*/)?stem/kernel$")
+# What a release puts in front of a block's number.
 _BLOCK_NAME = re.compile(r"^(MixerBlock|encoderblock)_(\d+)\.")
 
 
@@ -75,21 +74,16 @@ def _mixer(tensors: Tensors, facts: Facts) -> tuple[VisionArchitecture, Tensors]
 
 
 def _dotted(tensors: Mapping[str, Tensor]) -> Tensors:
-    """The tensors without the release's prefix, blocks named `block.0` and on."""
-    root = next(match[1] or "" for name in tensors if (match := _ROOT.match(name)))
-    dotted = {name.removeprefix(root).replace("/", "."): tensor for name, tensor in tensors.items()}
+    """The tensors by dotted names, blocks named `block.0` and on."""
+    dotted = {name.replace("/", "."): tensor for name, tensor in tensors.items()}
     return {_BLOCK_NAME.sub(r"block.\2.", name): tensor for name, tensor in dotted.items()}
-
-
-def _recognises(tensors: Mapping[str, Tensor]) -> bool:
-    return any(_ROOT.match(name) for name in tensors) and any("pre_head_layer_norm/" in name for name in tensors)
 
 
 LAYOUTS = (
     Layout(
         source="google-mixer",
         family="MLP-Mixer",
-        recognises=_recognises,
+        recognises=lambda tensors: "stem/kernel" in tensors and "pre_head_layer_norm/scale" in tensors,
         convert=_mixer,
         inferred="widths, depth, patch size, square image size, classes",
         facts=(SQUARE_IMG_SIZE,),

@@ -1,21 +1,39 @@
-"""What trainers wrap around weights, taken off: the state dict and whatever lies beside it."""
+"""What trainers wrap around weights, taken off: the state dict of a known layout, and whatever lies beside it.
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+Weights are found by what they are, not by where they lie: in any dictionary of the file, and under any prefix that a
+larger module gave their names.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from allmlp.checkpoints.layout import Layout, Tensors
 from allmlp.errors import UserError, shown
 
-# Where trainers put weights, best first: an average of the weights is what the trainer evaluated.
-_AVERAGED = ("state_dict_ema", "model_ema", "ema")
-_HOLDERS = (*_AVERAGED, "state_dict", "model", "module", "net")
-# What wrapping modules put in front of every name: DataParallel, g-mlp-pytorch's autoregressive wrapper, torch.compile.
-_PREFIXES = ("module.", "net.", "_orig_mod.", "model.")
-# mmdetection's and mmsegmentation's models, of which the backbone is a part.
-_BACKBONE = "backbone."
+# What wrapping modules put into names, anywhere: torch.compile, activation checkpointing, FSDP, DeepSpeed.
+_WRAPPERS = re.compile(
+    r"(?<![^.])(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|_forward_module)\.", re.ASCII
+)
+# Which of several sets of weights is meant: an average of them, which is what the trainer evaluated, else the first of
+# the usual names.
+_AVERAGED = re.compile(r"(?<![A-Za-z])(?i:ema)(?![a-z])|(?<![A-Z])EMA(?![a-z])|(?i:averag)")
+_USUAL = (
+    "state_dict",
+    "model",
+    "module",
+    "net",
+    "model_state_dict",
+    "model_state",
+    "params",
+    "weights",
+)
+# Modules lie in modules; longer names are made up.
+_DEEPEST = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,72 +41,93 @@ class Unwrapped:
     """Weights without their wrapping.
 
     Attributes:
+        layout: Whose they are.
         tensors: The state dict.
         beside: What the file holds beside it, such as the trainer's configuration.
         notes: What was chosen and what was left out, a sentence each.
     """
 
-    tensors: dict[str, Tensor]
-    beside: dict[str, Any] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    layout: Layout
+    tensors: Tensors
+    beside: dict[str, Any]
+    notes: tuple[str, ...]
 
 
-def unwrap(contents: Mapping[str, Any]) -> Unwrapped:
-    """Finds the state dict in what a checkpoint file holds.
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """Weights of a known layout: the keys of the dictionaries around them, and the prefix of their names."""
+
+    keys: tuple[Any, ...]
+    prefix: str
+    layout: Layout
+    tensors: Tensors
+
+    @property
+    def place(self) -> tuple[str, ...]:
+        return (*map(str, self.keys), *re.split(r"[./]", self.prefix)[:-1])
+
+    @property
+    def name(self) -> str:
+        return shown(".".join(self.place))
+
+    @property
+    def averaged(self) -> bool:
+        return any(map(_AVERAGED.search, self.place))
+
+    @property
+    def order(self) -> tuple[Any, ...]:
+        return not self.averaged, *(_USUAL.index(name) if name in _USUAL else len(_USUAL) for name in self.place)
+
+
+def unwrap(contents: Mapping[str, Any], layouts: Sequence[Layout]) -> Unwrapped:
+    """Finds the weights in what a checkpoint file holds.
 
     Args:
         contents: As `read_checkpoint` gives them.
+        layouts: Those that are known.
 
     Raises:
-        UserError: There are no weights in it.
+        UserError: There are no weights of these layouts in it, or several sets of them, none by a usual name.
     """
-    beside: dict[str, Any] = {}
-    notes = []
-    seen: list[Mapping[str, Any]] = []
-    while holder := next((name for name in _HOLDERS if _holds_tensors(contents.get(name))), None):
-        others = [name for name in _HOLDERS if name != holder and _holds_tensors(contents.get(name))]
-        if holder in _AVERAGED and others:
-            notes.append(f"The averaged weights ('{holder}') are taken, not '{others[0]}'.")
-        beside = {**{name: value for name, value in contents.items() if name not in (holder, *others)}, **beside}
-        seen.append(contents)
-        contents = contents[holder]
-        if any(contents is outer for outer in seen):
-            raise UserError(f"It holds itself under {shown(holder)}.")
-    tensors = {name: value for name, value in contents.items() if isinstance(value, Tensor)}
-    beside.update({name: value for name, value in contents.items() if name not in tensors})
-    # the counter of torch.optim.swa_utils.AveragedModel
-    if tensors.pop("n_averaged", None) is not None:
-        beside["n_averaged"] = None
-    if not tensors:
+    found: list[_Found] = []
+    most: Tensors = {}
+    for keys, tensors in _state_dicts(contents):
+        found += [
+            _Found(keys=keys, prefix=prefix, layout=layout, tensors=part)
+            for prefix, layout, part in _parts(tensors, layouts)
+        ]
+        most = max(most, tensors, key=len)
+    if not most:
         raise UserError(f"It holds no weights, only {_named(contents)}.")
-    backbone = {name: tensor for name, tensor in tensors.items() if str(name).startswith(_BACKBONE)}
-    if 0 < len(backbone) < len(tensors):
-        others = dict.fromkeys(str(name).split(".")[0] for name in tensors if name not in backbone)
-        notes.append(f"The backbone is taken, without {_named(others)}.")
-    if backbone:
-        tensors = {name.removeprefix(_BACKBONE): tensor for name, tensor in backbone.items()}
-    if beside:
-        notes.append(f"Left aside, since it is no weights: {_named(beside)}.")
-    return Unwrapped(tensors=tensors, beside=beside, notes=notes)
-
-
-def strip_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """The tensors without one prefix that a wrapping module gave all of them; None if there is none."""
-    for prefix in _PREFIXES:
-        if tensors and all(name.startswith(prefix) for name in tensors):
-            return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    return None
+    if not found:
+        sources = ", ".join(dict.fromkeys(layout.source for layout in layouts))
+        raise UserError(f"No known project saves weights of these names: {_named(most)}. Known are {sources}.")
+    best, *others = sorted(found, key=lambda each: each.order)
+    if others and others[0].order == best.order:
+        names = ", ".join(each.name for each in found)
+        raise UserError(f"It holds several sets of weights: {names}. Save the one that you mean alone.")
+    beside, around = _around(contents, best)
+    notes = []
+    if others:
+        kind = "averaged weights" if best.averaged else "weights"
+        notes.append(f"The {kind} under {best.name} are taken, not {', '.join(each.name for each in others)}.")
+    elsewhere = {name for each in others for name in each.place}
+    without = [name for name in around if name not in elsewhere]
+    if without:
+        notes.append(f"The part {best.name} is taken, without {_named(without)}.")
+    rest = [name for name in beside if name not in elsewhere]
+    if rest:
+        notes.append(f"Left aside: {_named(rest)}.")
+    return Unwrapped(layout=best.layout, tensors=best.tensors, beside=beside, notes=tuple(notes))
 
 
 def check_weights(tensors: Mapping[str, Tensor]) -> None:
     """Does nothing where all tensors are plain weights.
 
     Raises:
-        UserError: One is not named, not dense, not floating point, has no numbers or fewer than its shape says.
+        UserError: One is not dense, not floating point, has no numbers or fewer than its shape says.
     """
     for name, tensor in tensors.items():
-        if not isinstance(name, str):
-            raise UserError(f"A weight is named {name!r}, which is no text.")
         if tensor.layout != torch.strided or tensor.is_meta or not tensor.is_floating_point():
             kind = "no data" if tensor.is_meta else f"{tensor.dtype} in layout {tensor.layout}"
             raise UserError(f"The weight '{name}' has {kind}; weights are dense and floating point.")
@@ -98,14 +137,63 @@ def check_weights(tensors: Mapping[str, Tensor]) -> None:
             raise UserError(f"The weight '{name}' claims shape {list(tensor.shape)}, the file holds less.")
 
 
-def _named(contents: Mapping[str, Any], most: int = 12) -> str:
-    names = [shown(name) for name, _ in zip(contents, range(most), strict=False)]
-    return ", ".join(names) + (f" and {len(contents) - most} more" if len(contents) > most else "") or "nothing"
+def _state_dicts(contents: Mapping[str, Any]) -> Iterator[tuple[tuple[Any, ...], Tensors]]:
+    """Every dictionary in the file, each once, by the keys that lead to it: the tensors in it that may be weights."""
+    left: list[tuple[tuple[Any, ...], Mapping[Any, Any]]] = [((), contents)]
+    seen: set[int] = set()
+    while left:
+        keys, mapping = left.pop(0)
+        if id(mapping) in seen:
+            continue
+        seen.add(id(mapping))
+        left += [((*keys, key), value) for key, value in mapping.items() if isinstance(value, Mapping)]
+        tensors: Tensors = {}
+        for name, value in mapping.items():
+            if isinstance(name, str) and _may_be_weight(value):
+                plain = _WRAPPERS.sub("", name)
+                if plain in tensors:
+                    raise UserError(f"The weight '{plain}' is there twice, by the names of different wrapping modules.")
+                tensors[plain] = value
+        yield keys, tensors
 
 
-def _holds_tensors(value: Any, depth: int = 3) -> bool:
-    if not isinstance(value, Mapping) or depth == 0:
-        return False
-    return any(isinstance(item, Tensor) for item in value.values()) or any(
-        _holds_tensors(value.get(name), depth - 1) for name in _HOLDERS
-    )
+def _may_be_weight(value: Any) -> bool:
+    # single numbers are counters and the like
+    return isinstance(value, Tensor) and value.dim() > 0
+
+
+def _parts(tensors: Tensors, layouts: Sequence[Layout]) -> Iterator[tuple[str, Layout, Tensors]]:
+    """The outermost modules that are models of a known layout: prefix, layout, tensors without the prefix."""
+    left = [("", tensors)]
+    for depth in range(_DEEPEST):
+        inner: dict[str, Tensors] = {}
+        for prefix, part in left:
+            layout = next((layout for layout in layouts if layout.recognises(part)), None)
+            if layout:
+                yield prefix, layout, part
+            elif depth < _DEEPEST - 1:
+                for name, tensor in part.items():
+                    module = re.match(r"[^./]*[./]", name)
+                    if module:
+                        inner.setdefault(prefix + module[0], {})[name[module.end() :]] = tensor
+        left = list(inner.items())
+
+
+def _around(contents: Mapping[str, Any], found: _Found) -> tuple[dict[str, Any], list[str]]:
+    """What the dictionaries around weights hold beside them; and the modules beside them in their own."""
+    beside: dict[str, Any] = {}
+    for key in found.keys:
+        beside = {**{name: value for name, value in contents.items() if name != key}, **beside}
+        contents = contents[key]
+    modules: dict[str, None] = {}
+    for name, value in contents.items():
+        if not _may_be_weight(value):
+            beside[name] = value
+        elif not _WRAPPERS.sub("", name).startswith(found.prefix):
+            modules[re.split(r"[./]", _WRAPPERS.sub("", name))[0]] = None
+    return beside, list(modules)
+
+
+def _named(names: Any, most: int = 12) -> str:
+    some = [shown(name) for name, _ in zip(names, range(most), strict=False)]
+    return ", ".join(some) + (f" and {len(names) - most} more" if len(names) > most else "") or "nothing"
