@@ -105,7 +105,7 @@ def test_info_shows_layers_at_another_size(capsys: pytest.CaptureFixture[str]) -
         (["info", "gmlp_nano_patch4_32", "--img-size", "33"], "the nearest sizes are 32×32 and 36×36"),
         (["train", "digits", "--output", "{tmp}/run", "--model", "gmpl_nano_patch4_32"], "Did you mean"),
         (["train", "{tmp}/none", "--output", "{tmp}/run", *TINY], "There is no file or folder"),
-        (["train", "{tmp}", "--output", "{tmp}/run", *TINY], "is empty; images go into one folder per class"),
+        (["train", "{tmp}", "--output", "{tmp}-run", *TINY], "is empty; images go into one folder per class"),
         (["train", "digits", "--output", "{tmp}/run", *TINY, "--lr", "fast"], "lr is 'fast'; it must be a number"),
         (["train", "digits", "--output", "{tmp}/run", "--recipe", "{tmp}/none.yaml"], "There is no recipe at"),
         (["train", "digits", "--output", "{tmp}/run", *TINY, "--img-size", "9"], "8×8 and 12×12"),
@@ -218,8 +218,10 @@ class TestConvert:
     def test_an_image_model_becomes_a_run(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         checkpoint, run = str(GOLDEN / "deit_resmlp" / "checkpoint.pth"), str(tmp_path / "run")
         names = tmp_path / "names.txt"
-        names.write_text("blue\ngreen\nred\n")
+        # as some editors save it, with a byte order mark
+        names.write_text("blue\ngreen\nred\n", encoding="utf-8-sig")
         assert main(["convert", checkpoint, "--output", run, "--classes", str(names)]) == 0
+        assert json.loads((tmp_path / "run" / "config.json").read_text())["label_names"] == ["blue", "green", "red"]
         answer = capsys.readouterr().out
         assert "deit: ResMLP" in answer
         assert f"run directory  {run}" in answer

@@ -144,7 +144,7 @@ def _add_train(commands: Any) -> None:
     parser.add_argument(
         "--task", choices=RECIPES, default=argparse.SUPPRESS, help="what to learn (default: what the model is for)"
     )
-    parser.add_argument("--output", required=True, metavar="DIR", help="the run directory")
+    parser.add_argument("--output", type=_directory, required=True, metavar="DIR", help="the run directory")
     parser.add_argument("--recipe", metavar="FILE", help="hyper-parameters from a YAML file; flags win over it")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the run directory")
     parser.add_argument("--overwrite", action="store_true", help="replace a former run in the run directory")
@@ -370,7 +370,7 @@ def _add_convert(commands: Any) -> None:
     parser.add_argument(
         "checkpoint", metavar="CHECKPOINT", help="a .pth, .pt, .bin, .safetensors or .npz file, or timm:NAME"
     )
-    parser.add_argument("--output", required=True, metavar="DIR", help="the run directory")
+    parser.add_argument("--output", type=_directory, required=True, metavar="DIR", help="the run directory")
     parser.add_argument("--source", metavar="S", help="who saved it; found out where it is left away")
     parser.add_argument(
         "--set",
@@ -412,7 +412,7 @@ def _convert(options: argparse.Namespace) -> None:
 
 def _lines(path: str) -> list[str]:
     try:
-        return Path(path).read_text(encoding="utf-8").splitlines()
+        return Path(path).read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8: {error}") from error
 
@@ -495,6 +495,12 @@ def _benchmark(options: argparse.Namespace) -> None:
         print(f"left out: {reason}", file=sys.stderr)
     answer = {"machine": machine(), "results": [result.as_dict() for result in results]}
     _answer(options, answer, lambda: table(result_table(results), right=(2, 3, 5, 6)))
+
+
+def _directory(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("must be a directory's name, got ''")
+    return text
 
 
 def _count(text: str) -> int:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from allmlp.checkpoints.layout import count, numbered, parse_size, patch_of, rename, shape, square_image, widest
+from allmlp.checkpoints.layout import count, numbered, parse_size, patch_of, rename, shape, square_image
 from allmlp.errors import UserError
 
 WEIGHTS = {f"blocks.{index}.fc.weight": torch.zeros(2, 3) for index in range(11)}
@@ -62,9 +62,3 @@ def test_sizes_are_read(value: object) -> None:
 def test_sizes_that_make_no_sense_are_refused(value: object) -> None:
     with pytest.raises(ValueError, match="one number of pixels from 1 to 8192"):
         parse_size(value)
-
-
-def test_the_widest_dtype_holds_all() -> None:
-    half, single, double = (torch.zeros(1, dtype=dtype) for dtype in (torch.float16, torch.float32, torch.float64))
-    assert widest({"a": half}) == widest({"a": half, "b": single}) == torch.float32
-    assert widest({"a": half, "b": double}) == torch.float64

@@ -50,6 +50,14 @@ def test_an_image_size_that_does_not_fit_has_to_be_given(weights: dict[str, torc
     assert convert_state_dict(weights, facts={"img_size": 56}).model.stem.grid_size == (8, 8)
 
 
+def test_odd_maps_are_refused_where_they_are_halved() -> None:
+    with torch.device("meta"):
+        model = VisionPermutator(**{**vip.VARIANTS["vip_small_patch7_224"], "img_size": 35})
+    weights = upstream_names(model, vip.VARIANTS["vip_small_patch7_224"]["depths"])
+    with pytest.raises(UserError, match=r"img_size=.*35.* gives 'network\.1\.proj' a map of 5×5 to halve"):
+        convert_state_dict({name: torch.zeros(x.shape) for name, x in weights.items()}, facts={"img_size": 35})
+
+
 def test_the_default_image_size_is_said_to_be_assumed() -> None:
     model = VisionPermutator(depths=(1,), embed_dims=(32,), segments=(32,), downsample_after=(), num_classes=2)
     found = convert_state_dict(upstream_names(model, (1,)))

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import datasets
 import pytest
+import timm
 import torch
 
+from allmlp.checkpoints import run_directory
 from allmlp.checkpoints.conversion import convert_checkpoint, write_run_directory
 from allmlp.errors import UserError
 from allmlp.training import evaluation, vision
@@ -122,6 +124,16 @@ def test_predictions_name_the_likeliest_classes(run: Path, tmp_path: Path) -> No
 def test_impossible_predictions_are_refused(run: Path, files: list[str], top_k: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
         predict(str(run), files, top_k=top_k)
+
+
+def test_channels_that_no_image_has_are_refused(run: Path, tmp_path: Path) -> None:
+    model = timm.create_model("mixer_nano_patch4_32", in_chans=4, num_classes=2)
+    model.pretrained_cfg |= {"input_size": (4, 32, 32), "mean": (0.5,) * 4, "std": (0.5,) * 4}
+    wrapped = run_directory.classifier(model, "mixer_nano_patch4_32", {"in_chans": 4}, ["a", "b"])
+    run_directory.save_classifier(wrapped, tmp_path)
+    image = next((run / "report" / "samples").iterdir())
+    with pytest.raises(UserError, match="takes 4 channels; images have 1"):
+        predict(str(tmp_path), [str(image)])
 
 
 def test_a_folder_without_images_is_refused(run: Path, tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from allmlp.checkpoints.architecture import Architecture
@@ -219,8 +218,3 @@ IMAGE_FACTS = (
         assumed="3",
     ),
 )
-
-
-def widest(tensors: Mapping[str, Tensor]) -> torch.dtype:
-    """The dtype to hold them all without loss: float32, or float64 where one is."""
-    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors.values()) else torch.float32

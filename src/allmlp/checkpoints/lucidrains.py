@@ -230,7 +230,7 @@ def _image(tensors: Tensors, facts: Facts) -> tuple[VisionArchitecture, Tensors]
 def _parse_gate_act(value: Any) -> str | None:
     if value is None or value in ("none", "identity", "linear"):
         return None
-    if value not in ACT2FN:
+    if not isinstance(value, str) or value not in ACT2FN:
         raise ValueError(f"'none' or an activation by transformers' name.{nearest(str(value), ACT2FN)}")
     return value
 

@@ -5,6 +5,7 @@ archives and the older pickles), safetensors, and NumPy's `.npz`.
 """
 
 import argparse
+import json
 import mmap
 import re
 import zipfile
@@ -17,20 +18,24 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from allmlp.errors import UserError
+from allmlp.errors import UserError, first_line
 
 _FORMATS = "allmlp reads PyTorch's .pth, .pt and .bin, safetensors and NumPy's .npz"
 _MIB = 2**20
+_PATHS = ("Path", "PurePath", "PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")
+INDEX = ".safetensors.index.json"
+"""How the index of a checkpoint in several files ends."""
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Everything a checkpoint file holds.
 
     Tensors come on the CPU. From PyTorch's files the plain containers that trainers save are read as data: yacs'
-    `CfgNode` as a dictionary (yacs need not be installed), `argparse.Namespace`, NumPy scalars as Python numbers.
+    `CfgNode` and default dictionaries as dictionaries (yacs need not be installed), `argparse.Namespace`, NumPy scalars
+    as Python numbers, paths as text.
 
     Args:
-        path: The file.
+        path: The file; of a checkpoint in several safetensors files the index, `….safetensors.index.json`.
 
     Returns:
         The names at the top and what they hold; flat for safetensors and npz.
@@ -44,6 +49,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path} is a directory; name the checkpoint file in it.")
     if not path.is_file():
         raise UserError(f"There is no file {path}.")
+    if path.name.endswith(INDEX):
+        return {name: tensor for shard in shards_of(path) for name, tensor in _read_safetensors(shard).items()}
+    if re.search(r"-\d{5}-of-\d{5}\.\w+$", path.name):
+        raise UserError(f"{path} is one of several files of a checkpoint; name their index, such as model{INDEX}.")
     with path.open("rb") as file:
         start = file.read(16)
     if not start:
@@ -60,6 +69,23 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(contents, dict) or not all(isinstance(key, str) for key in contents):
         raise UserError(f"{path} holds a {type(contents).__name__}, not weights by name.")
     return contents
+
+
+def shards_of(index: Path) -> list[Path]:
+    """The files that an index of safetensors names; they lie beside it.
+
+    Raises:
+        UserError: It is no such index, or a file is missing.
+    """
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        shards = [index.parent / name for name in names if Path(name).name == name]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} is no index of safetensors files: {first_line(error)}") from error
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing or len(shards) < len(names) or not names:
+        raise UserError(f"{index} names files that do not lie beside it: {', '.join(missing or names) or 'none'}.")
+    return shards
 
 
 def _read_zip(path: Path) -> Any:
@@ -103,7 +129,7 @@ def _read_npz(path: Path) -> dict[str, torch.Tensor]:
                 array = arrays[name]
                 if array.dtype.kind not in "fiub":
                     raise UserError(f"{path}: {name} holds {array.dtype}, not numbers.")
-                tensors[name] = torch.from_numpy(array)
+                tensors[name] = torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
     except UserError:
         raise
     # A broken member can fail anywhere in zipfile's and numpy's parsers.
@@ -135,14 +161,18 @@ def _read_torch(path: Path, records: Counter[int] | None = None) -> Any:
                 "plain container that trainers save. Save the state_dict() alone."
             ) from error
         raise _corrupt(path, error) from error
-    claimed = _storage_bytes(contents)
+    claimed = _storage_bytes(contents, path)
     if sum(claimed.elements()) > path.stat().st_size or (records is not None and claimed - records):
         raise UserError(f"{path} is refused: its tensors claim more data than it holds.")
     return contents
 
 
-def _storage_bytes(contents: Any) -> Counter[int]:
-    """The sizes of all tensors' data in containers of any depth, each memory once."""
+def _storage_bytes(contents: Any, path: Path) -> Counter[int]:
+    """The sizes of all tensors' data in containers of any depth, each memory once.
+
+    Raises:
+        UserError: A tensor is of a class of its own, which keeps its data elsewhere.
+    """
     storages: dict[int, int] = {}
     seen: set[int] = set()
     left = [contents]
@@ -151,6 +181,8 @@ def _storage_bytes(contents: Any) -> Counter[int]:
         if id(value) in seen:
             continue
         seen.add(id(value))
+        if isinstance(value, torch.Tensor) and type(value) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+            raise UserError(f"{path} is refused: it holds a {type(value).__name__}; save the full state dict instead.")
         if isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta:
             storage = value.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
@@ -164,7 +196,7 @@ def _storage_bytes(contents: Any) -> Counter[int]:
 
 
 def _corrupt(path: Path, error: BaseException) -> UserError:
-    text = str(error).strip()
+    text = str(error).strip() or type(error).__name__
     # torch's first line advises to run whatever the file holds; the reason stands behind it
     text = text.partition("WeightsUnpickler error: ")[2] or text
     reason = text.splitlines()
@@ -195,6 +227,28 @@ def _numpy_scalar(dtype: _NumpyDtype, data: bytes) -> Any:
     return np.frombuffer(data, dtype.order + dtype.name, count=1)[0].item()
 
 
+class _Opaque:
+    """Stands in for what is no weight and never asked for: it takes what it is given and keeps nothing."""
+
+    def __init__(self, *given: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class _DefaultDict:
+    """Stands in for `collections.defaultdict`, as `_CfgNode` for a dictionary."""
+
+    def __new__(cls, factory: Any = None) -> OrderedDict[str, Any]:  # type: ignore[misc]
+        return OrderedDict()
+
+
+def _path(*parts: str) -> str:
+    """Stands in for a path."""
+    return "/".join(parts)
+
+
 # What may be named in a file beside PyTorch's own tensors, and what is built in its place.
 _PLAIN_CONTAINERS: dict[str, Any] = {
     "yacs.config.CfgNode": _CfgNode,
@@ -202,4 +256,10 @@ _PLAIN_CONTAINERS: dict[str, Any] = {
     "numpy.dtype": _NumpyDtype,
     "numpy.core.multiarray.scalar": _numpy_scalar,
     "numpy._core.multiarray.scalar": _numpy_scalar,
+    "numpy.ndarray": _Opaque,
+    "numpy.core.multiarray._reconstruct": _Opaque,
+    "numpy._core.multiarray._reconstruct": _Opaque,
+    "collections.defaultdict": _DefaultDict,
+    **{f"builtins.{kind}": _Opaque for kind in ("dict", "list", "int", "float")},
+    **{f"{module}.{kind}": _path for module in ("pathlib", "pathlib._local") for kind in _PATHS},
 }

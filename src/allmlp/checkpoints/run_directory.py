@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from allmlp.checkpoints import description
+from allmlp.checkpoints.reading import INDEX, shards_of
 from allmlp.checkpoints.training_checkpoints import AVERAGED, checkpoints_in, last_checkpoint
 from allmlp.errors import UserError, nearest, shown
 from allmlp.files import UNFINISHED, atomic_path, to_disk, write_json
@@ -265,9 +266,9 @@ def load_language(directory: str | Path, config: Mapping[str, Any]) -> Any:
     found = [f"{len(keys)} {what}: {_listed(sorted(map(str, keys)))}" for what, keys in report.items() if keys]
     if found:
         raise UserError(f"The weights of {directory} do not match the model.\n  " + "\n  ".join(found))
-    if weights.name == AVERAGED:
+    if weights[0].name == AVERAGED:
         # tied weights stand in it once
-        model.load_state_dict(load_file(weights), strict=False)
+        model.load_state_dict(_state(weights), strict=False)
     return model.eval()
 
 
@@ -292,11 +293,10 @@ def load_classifier(directory: str | Path, config: Mapping[str, Any]) -> TimmMod
     except UserError as error:
         raise UserError(f"The image classifier in {directory} cannot be loaded: {error}") from error
     check_shapes(blank, shapes, str(directory))
-    model = build()
+    state = _state(weights)
+    model = build().to(widest(state))
     model.pretrained_cfg = {**cfg, "label_names": config.get("label_names")}
-    load_weights(
-        model, {name.removeprefix(_PREFIX): tensor for name, tensor in load_file(weights).items()}, str(directory)
-    )
+    load_weights(model, state, str(directory))
     return model.eval()
 
 
@@ -351,6 +351,11 @@ def load_weights(model: TimmModel, state: Mapping[str, Tensor], where: str) -> N
     model.load_state_dict(state)
 
 
+def widest(tensors: Mapping[str, Tensor]) -> torch.dtype:
+    """The dtype to hold them all without loss: float32, or float64 where one is."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors.values()) else torch.float32
+
+
 def check_shapes(
     model: nn.Module, shapes: Mapping[str, Sequence[int]], where: str, shared: Container[str] = ()
 ) -> None:
@@ -387,7 +392,7 @@ def require_same_model(checkpoint: Path, model: Any, tokenizer: Any = None) -> N
     """
     if (checkpoint / WEIGHTS).is_file():
         shared = getattr(model, "all_tied_weights_keys", None) or ()
-        check_shapes(getattr(model, "timm_model", model), _shapes(checkpoint / WEIGHTS), str(checkpoint), shared)
+        check_shapes(getattr(model, "timm_model", model), _shapes([checkpoint / WEIGHTS]), str(checkpoint), shared)
         former, now = (_class_names(config) for config in (read_config(checkpoint), model.config.to_dict()))
         if former and former != now:
             raise UserError(f"The classes of {checkpoint} are {_listed(former)}; those of the data are {_listed(now)}.")
@@ -433,20 +438,30 @@ def remove_unfinished(directory: str | Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _weights(directory: str | Path) -> Path:
-    """The file of the weights that count."""
-    averaged = Path(directory) / AVERAGED
-    return averaged if averaged.is_file() else Path(directory) / WEIGHTS
+def _weights(directory: str | Path) -> list[Path]:
+    """The files of the weights that count: averaged ones where there are any; one file, or several with an index."""
+    averaged, whole, index = (Path(directory) / name for name in (AVERAGED, WEIGHTS, f"model{INDEX}"))
+    if averaged.is_file():
+        return [averaged]
+    return shards_of(index) if index.is_file() and not whole.is_file() else [whole]
 
 
-def _shapes(weights: Path) -> dict[str, list[int]]:
+def _shapes(weights: Sequence[Path]) -> dict[str, list[int]]:
     """The weights' names, timm's own, and shapes, without their numbers."""
-    try:
-        with safe_open(weights, "pt") as file:
-            return {name.removeprefix(_PREFIX): file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-    # safetensors has one exception of its own for every broken file
-    except Exception as error:
-        raise UserError(f"{weights} cannot be read: {error}") from error
+    shapes = {}
+    for path in weights:
+        try:
+            with safe_open(path, "pt") as file:
+                shapes |= {name.removeprefix(_PREFIX): file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        # safetensors has one exception of its own for every broken file
+        except Exception as error:
+            raise UserError(f"{path} cannot be read: {error}") from error
+    return shapes
+
+
+def _state(weights: Sequence[Path]) -> dict[str, Tensor]:
+    """The weights under timm's own names."""
+    return {name.removeprefix(_PREFIX): tensor for path in weights for name, tensor in load_file(path).items()}
 
 
 def _allowed(shapes: Mapping[str, Any]) -> int:

@@ -40,7 +40,12 @@ def _vip(tensors: Tensors, facts: Facts) -> tuple[VisionArchitecture, Tensors]:
                 raise UserError(f"'network.{entry}.proj' changes the width without halving the map; ViP here cannot.")
             modules[f"network.{entry}.proj"] = f"blocks.{index}.proj"
             downsample_after.append(len(depths))
-            grid = ((grid[0] + 1) // 2, (grid[1] + 1) // 2)
+            if grid[0] % 2 or grid[1] % 2:
+                raise UserError(
+                    f"img_size={img_size} gives 'network.{entry}.proj' a map of {grid[0]}×{grid[1]} to halve: of odd "
+                    "maps ViP leaves the last row or column out, allmlp does not. Give a size whose map is even there."
+                )
+            grid = (grid[0] // 2, grid[1] // 2)
             index += 1
             continue
         depths.append(count(tensors, f"network.{entry}."))

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 
 from allmlp.data import NAMES
-from allmlp.data.images import IMAGE_MODES
+from allmlp.data.images import image_mode
 from allmlp.data.labelled_images import PIXEL_LIMIT, LabelledImages, Source, UnreadableImage, decode
 from allmlp.data.sampling import IGNORED
 from allmlp.errors import UserError
@@ -60,7 +60,7 @@ class BatchMaker:
         strict: bool = False,
     ):
         self.transform, self.mix, self.erase, self.seed, self.strict = transform, mix, erase, seed, strict
-        self.mode = IMAGE_MODES[len(mean)]
+        self.mode = image_mode(len(mean))
         self.shift = 255 * torch.tensor(mean).view(-1, 1, 1)
         self.scale = 1 / (255 * torch.tensor(std).view(-1, 1, 1))
         self.epoch = 0

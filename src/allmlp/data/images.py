@@ -15,7 +15,6 @@ from allmlp.errors import UserError
 
 _log = logging.getLogger(__name__)
 
-IMAGE_MODES = {1: "L", 3: "RGB"}
 MEMORY_LIMIT = 2**30
 """Decoded images are kept in memory while they take no more bytes than this."""
 
@@ -44,6 +43,18 @@ class ImageSplits:
     classes: tuple[str, ...]
     splits: dict[str, LabelledImages]
     unreadable: tuple[str, ...]
+
+
+def image_mode(channels: int) -> str:
+    """How Pillow names images of so many channels.
+
+    Raises:
+        UserError: It has no such images.
+    """
+    modes = {1: "L", 3: "RGB"}
+    if channels not in modes:
+        raise UserError(f"The model takes {channels} channels; images have 1 (grey) or 3 (colour).")
+    return modes[channels]
 
 
 def load_images(
@@ -107,7 +118,7 @@ def _streamed(
     strange = [name for name in names if name not in classes]
     if strange:
         raise UserError(f"Validation has classes that training has not: {', '.join(strange[:8])}.")
-    validation, broken = read_all(splits["train"], IMAGE_MODES[channels], strict)
+    validation, broken = read_all(splits["train"], image_mode(channels), strict)
     labels = np.array([classes.index(name) for name in names])[validation.labels]
     return ImageData(
         classes=classes,
@@ -142,12 +153,11 @@ def read_images(
         UserError: There is no such data, or it has no images or no classes.
         UnreadableImage: `strict`, and an image cannot be read.
     """
-    if channels not in IMAGE_MODES:
-        raise UserError(f"The model takes {channels} channels; images have 1 (grey) or 3 (colour).")
+    mode = image_mode(channels)
     classes, found = image_sources.find(data, image_column, label_column)
     splits, unreadable = {}, []
     for name, images in found.items():
-        splits[name], broken = read_all(images, IMAGE_MODES[channels], strict)
+        splits[name], broken = read_all(images, mode, strict)
         unreadable += [f"{image} ({reason})" for image, reason in broken.items()]
         if not len(splits[name]):
             raise UserError(f"No image of {data} can be read, beginning with {unreadable[0]}.")

@@ -16,7 +16,7 @@ from allmlp.checkpoints import run_directory
 from allmlp.checkpoints.run_directory import TimmModel
 from allmlp.data import as_is, image_sources
 from allmlp.data.image_batches import ImageBatches, evaluation_transform
-from allmlp.data.images import IMAGE_MODES, load_images, read_all, read_images
+from allmlp.data.images import image_mode, load_images, read_all, read_images
 from allmlp.data.labelled_images import SUFFIXES, LabelledImages
 from allmlp.data.sampling import IGNORED
 from allmlp.errors import UserError
@@ -199,7 +199,7 @@ def predict(
     cfg = model.pretrained_cfg
     names = [str(path) for path in named_files(files, SUFFIXES, "image")]
     images = LabelledImages(sources=names, labels=np.zeros(len(names), dtype=np.int64), names=names)
-    readable, reasons = read_all(images, IMAGE_MODES[cfg["input_size"][0]], strict)
+    readable, reasons = read_all(images, image_mode(cfg["input_size"][0]), strict)
     predictions: dict[str, list[dict[str, Any]]] = {}
     if len(readable):
         batches = evaluation_batches(readable, cfg)
