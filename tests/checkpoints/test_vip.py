@@ -50,18 +50,13 @@ def test_an_image_size_that_does_not_fit_has_to_be_given(weights: dict[str, torc
     assert convert_state_dict(weights, facts={"img_size": 56}).model.stem.grid_size == (8, 8)
 
 
-def test_odd_maps_are_refused_where_they_are_halved() -> None:
-    with torch.device("meta"):
-        model = VisionPermutator(**{**vip.VARIANTS["vip_small_patch7_224"], "img_size": 35})
-    weights = upstream_names(model, vip.VARIANTS["vip_small_patch7_224"]["depths"])
-    with pytest.raises(UserError, match=r"img_size=.*35.* gives 'network\.1\.proj' a map of 5×5 to halve"):
-        convert_state_dict({name: torch.zeros(x.shape) for name, x in weights.items()}, facts={"img_size": 35})
-
-
 def test_the_default_image_size_is_said_to_be_assumed() -> None:
     model = VisionPermutator(depths=(1,), embed_dims=(32,), segments=(32,), downsample_after=(), num_classes=2)
     found = convert_state_dict(upstream_names(model, (1,)))
-    assert found.notes == ("img_size is not stored; 224×224 pixels is assumed.",)
+    assert found.notes == (
+        "img_size is not stored; 224×224 pixels is assumed.",
+        "skip_lam is not stored; 1 is assumed.",
+    )
 
 
 def test_the_plain_sum_of_branches_is_seen() -> None:
@@ -71,6 +66,24 @@ def test_the_plain_sum_of_branches_is_seen() -> None:
     found = convert_state_dict(upstream_names(model, (1, 1)), facts={"img_size": 14})
     x = torch.randn(1, 3, 14, 14)
     assert torch.equal(found.model(x), model(x))
+
+
+def test_an_odd_map_is_not_halved_as_upstream_does(weights: dict[str, torch.Tensor]) -> None:
+    model = VisionPermutator(img_size=35, depths=(1, 1), embed_dims=(20, 30), segments=(5, 3), downsample_after=(1,))
+    with pytest.raises(UserError, match=r"'network\.1\.proj' halves a map of 5×5: .*cannot be converted"):
+        convert_state_dict(upstream_names(model, (1, 1)), facts={"img_size": 35})
+
+
+def test_what_the_branches_are_divided_by_may_be_given(weights: dict[str, torch.Tensor]) -> None:
+    model = convert_state_dict(weights, facts={"img_size": 56, "skip_lam": 2}).model
+    plain = convert_state_dict(weights, facts={"img_size": 56}).model
+    block, peer = model.blocks[0], plain.blocks[0]
+    x = torch.randn(1, 8, 8, peer.norm1.weight.shape[0])
+    u = x + peer.attn(peer.norm1(x)) / 2
+    torch.testing.assert_close(block(x), u + peer.mlp(peer.norm2(u)) / 2)
+    for value in (0, True, "2", float("nan")):
+        with pytest.raises(UserError, match=r"skip_lam is .*; it should be a number above 0"):
+            convert_state_dict(weights, facts={"img_size": 56, "skip_lam": value})
 
 
 def test_a_change_of_width_without_halving_is_refused_by_name(weights: dict[str, torch.Tensor]) -> None:

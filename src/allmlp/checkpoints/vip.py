@@ -1,5 +1,8 @@
 """Vision Permutator as its authors save it (houqb/VisionPermutator, models/vip.py)."""
 
+import math
+from typing import Any
+
 from allmlp.checkpoints.architecture import VisionArchitecture, ratio, vision_architecture
 from allmlp.checkpoints.layout import (
     Fact,
@@ -42,8 +45,8 @@ def _vip(tensors: Tensors, facts: Facts) -> tuple[VisionArchitecture, Tensors]:
             downsample_after.append(len(depths))
             if grid[0] % 2 or grid[1] % 2:
                 raise UserError(
-                    f"img_size={img_size} gives 'network.{entry}.proj' a map of {grid[0]}×{grid[1]} to halve: of odd "
-                    "maps ViP leaves the last row or column out, allmlp does not. Give a size whose map is even there."
+                    f"'network.{entry}.proj' halves a map of {grid[0]}×{grid[1]}: upstream leaves the last row or "
+                    "column out, where ViP here pads it. An odd map cannot be converted."
                 )
             grid = (grid[0] // 2, grid[1] // 2)
             index += 1
@@ -68,7 +71,19 @@ def _vip(tensors: Tensors, facts: Facts) -> tuple[VisionArchitecture, Tensors]:
         mixing="weighted" if weighted else "sum",
         mlp_ratio=ratio(shape(tensors, "network.0.0.mlp.fc1.weight", 2)[0], width),
     )
-    return architecture, rename(tensors, modules)
+    return architecture, _unscaled(rename(tensors, modules), facts.get("skip_lam", 1.0))
+
+
+def _unscaled(tensors: Tensors, skip_lam: float) -> Tensors:
+    """The weights of a model without `skip_lam`, by which upstream divides what each branch adds."""
+    last = (".attn.proj.weight", ".attn.proj.bias", ".mlp.fc2.weight", ".mlp.fc2.bias")
+    return {name: tensor / skip_lam if name.endswith(last) else tensor for name, tensor in tensors.items()}
+
+
+def _parse_skip_lam(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError("a number above 0")
+    return float(value)
 
 
 def _segments(tensors: Tensors, attn: str, channels: int, grid: tuple[int, int]) -> int:
@@ -98,6 +113,12 @@ LAYOUTS = (
                 help="image size in pixels, one number or [height, width]",
                 parse=parse_size,
                 assumed="224×224 pixels",
+            ),
+            Fact(
+                name="skip_lam",
+                help="what the branches are divided by (`skip_lam` in the authors' code, 1 in their models)",
+                parse=_parse_skip_lam,
+                assumed="1",
             ),
         ),
     ),
