@@ -61,6 +61,34 @@ def test_every_way_to_another_size_is_the_same(name, size, tmp_path) -> None:
     assert timm.data.resolve_data_config(model=live)["input_size"] == (3, *pair(size))
 
 
+def features(name, **arguments):
+    return shallow_model(name, features_only=True, out_indices=1, **arguments)
+
+
+def sequence(name, **arguments):
+    return torch.nn.Sequential(torch.nn.Identity(), random_model(name, **arguments))
+
+
+@pytest.mark.parametrize("wrapped", [features, sequence])
+@pytest.mark.parametrize("assign", [False, True], ids=["copied", "assigned"])
+def test_a_model_inside_another_module_is_resampled_too(name, wrapped, assign) -> None:
+    source, model = wrapped(name), wrapped(name, img_size=48)
+    prefix = next(key for key in source.state_dict()).partition("stem")[0]
+    assert model.load_state_dict(source.state_dict(), assign=assign) == ([], [])
+    source.get_submodule(prefix.rstrip(".")).set_input_size(48)
+    assert_same(model.state_dict(), source.state_dict())
+    state = {**source.state_dict(), prefix + "stem.what": torch.zeros(1)}
+    del state[prefix + "stem.proj.bias"]
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert (missing, unexpected) == ([prefix + "stem.proj.bias"], [prefix + "stem.what"])
+
+
+def test_versions_of_layers_are_kept(name) -> None:
+    """torch hangs them on a state dict; quantised layers cannot be read without."""
+    state = random_model(name).state_dict()
+    assert resample_state_dict(state, shallow_model(name, img_size=48))._metadata == state._metadata
+
+
 @pytest.mark.parametrize("name", ONE_SIZE)
 def test_a_constant_stays_a_constant(name) -> None:
     """A model made for one token, at any size: it mixes by means, so that a constant map stays one."""

@@ -1,6 +1,6 @@
 """What every vision family shares: patch embedding → blocks → norm → pooling → head, behind timm's model interface."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -126,13 +126,15 @@ class VisionMLP(nn.Module):
         if cfg and img_size is not None:
             cfg["input_size"] = (cfg["input_size"][0], *pair(img_size))
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """torch's, for weights trained at any image size: `resample_state_dict` brings them to this model's.
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """torch's step for this module, wherever it stands in what is loaded: `resample_state_dict` comes first.
 
         Raises:
             ValueError: if the weights do not tell the grid they were trained on; the message asks for it.
         """
-        return super().load_state_dict(resample_state_dict(state_dict, self), strict, assign)
+        own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        state_dict.update({prefix + key: value for key, value in resample_state_dict(own, self).items()})
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def get_classifier(self) -> nn.Module:
         """The head."""

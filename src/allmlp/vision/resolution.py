@@ -1,7 +1,8 @@
 """Weights for another image size than the one they were trained at; docs/resolution.md compares the ways."""
 
+import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from timm.layers import resample_patch_embed
@@ -11,7 +12,7 @@ from allmlp.layers import GridBound, PatchDownsampling, PatchMerging
 from allmlp.ops.resampling import Grid, guess_grid
 
 
-def resample_state_dict(state_dict: Mapping[str, Tensor], model: Any, grid: Grid | None = None) -> dict[str, Tensor]:
+def resample_state_dict(state_dict: dict[str, Any], model: Any, grid: Grid | None = None) -> dict[str, Any]:
     """Weights trained at another image size, patch size or kernel, resampled to those of `model`; others as they are.
 
     Args:
@@ -24,7 +25,8 @@ def resample_state_dict(state_dict: Mapping[str, Tensor], model: Any, grid: Grid
     Raises:
         ValueError: if the number of tokens is none of these (the message asks for the grid), or not that of `grid`.
     """
-    resampled = dict(state_dict)
+    # Not dict(): torch hangs on what it gives the versions that layers were saved by.
+    resampled = copy.copy(state_dict)
     embedding, kernel_size = resampled.get("stem.proj.weight"), model.stem.proj.kernel_size
     if embedding is not None and embedding.ndim == 4 and embedding.shape[2:] != kernel_size:
         resampled["stem.proj.weight"] = resample_patch_embed(embedding, list(kernel_size))
@@ -60,7 +62,7 @@ def grid_bound_layers(blocks: nn.Sequential, grid: Grid, new_grid: Grid) -> Iter
                 yield name, layer, grid, new_grid
 
 
-def _own_parameters(name: str, layer: GridBound, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _own_parameters(name: str, layer: GridBound, state_dict: dict[str, Any]) -> dict[str, Tensor]:
     """A layer's parameters in a state dict; nothing where one is missing."""
     keys = {key: f"{name}.{key}" for key, _ in layer.named_parameters()}
     if not all(key in state_dict for key in keys.values()):
