@@ -3,6 +3,7 @@
 import copy
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -261,15 +262,26 @@ def test_each_layer_keeps_its_mode(image: torch.Tensor) -> None:
     assert [name for name, module in model.named_modules() if not module.training] == ["norm"]
 
 
-def test_any_number_of_forms_of_one_class(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One class's `forward` is compiled for each of them, and stays so however it is called."""
-    compiled = torch.compile
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
+    """What torch's compiler is given, and runs as it is: generating code takes long."""
+    compiled, given = torch.compile, []
 
-    def quickly(model: nn.Module, *, fullgraph: bool, dynamic: bool, options: object) -> object:
-        return compiled(model, backend="eager", fullgraph=fullgraph, dynamic=dynamic)
+    def quickly(model: nn.Module, *, fullgraph: bool, dynamic: bool, options: dict[str, Any]) -> object:
+        def backend(graph: torch.fx.GraphModule, inputs: object, **_: object) -> object:
+            given.append(graph)
+            return graph.forward
+
+        return compiled(model, backend=backend, fullgraph=fullgraph, dynamic=dynamic, options=options)
 
     monkeypatch.setattr(torch, "compile", quickly)
     torch.compiler.reset()
+    return given
+
+
+@pytest.mark.usefixtures("graphs")
+def test_any_number_of_forms_of_one_class() -> None:
+    """One class's `forward` is compiled for each of them, and stays so however it is called."""
     model = nn.Sequential(nn.Linear(4, 4))
     forms = [allmlp.optimize(model, torch.ones(n, 4), engine="inductor") for n in range(1, 12)]
     with torch.inference_mode(), torch.autocast("cpu"):
@@ -277,6 +289,25 @@ def test_any_number_of_forms_of_one_class(monkeypatch: pytest.MonkeyPatch) -> No
             assert form(torch.ones(n, 4)).dtype == torch.float32
     for n, form in enumerate(forms, 1):
         assert not form(torch.ones(n, 4, requires_grad=True)).requires_grad
+
+
+def test_a_form_is_compiled_once_whatever_the_process_changes(graphs: list[torch.fx.GraphModule]) -> None:
+    models = [nn.Sequential(nn.Linear(4, outputs)).eval() for outputs in range(1, 10)]
+    x, threads = torch.ones(1, 4), torch.get_num_threads()
+    forms = [allmlp.optimize(model, x, engine="inductor") for model in models]
+    try:
+        torch.set_num_threads(threads + 1)
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"):
+            for form, model in zip(forms, models, strict=True):
+                assert torch.equal(form(x), model(x))
+        assert len(graphs) == len(forms)
+        torch.set_default_dtype(torch.float32)
+        allmlp.optimize(models[0], x, engine="inductor")
+        assert len(graphs) == len(forms) + 1, "other threads are another program"
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])

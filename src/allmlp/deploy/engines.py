@@ -5,11 +5,12 @@ import copy
 import io
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.source import GlobalStateSource
 from torch.utils._pytree import tree_leaves
 
 from allmlp.errors import UserError
@@ -34,7 +35,10 @@ def inductor(model: nn.Module, examples: tuple[Tensor, ...], dtype: torch.dtype)
     on_cpu = examples[0].device.type == "cpu"
     if on_cpu:
         _require_cpp_compiler()
-    options = _CPU_OPTIONS if on_cpu else None
+    options: dict[str, Any] = {"guard_filter_fn": _without_global_state}
+    if on_cpu:
+        # Named, they are compiled in, and a form for others is compiled anew: nothing else asks how many there are.
+        options |= {**_CPU_OPTIONS, "cpp.threads": torch.get_num_threads()}
     model = copy.deepcopy(model).to(dtype)
     run = _in_torch(torch.compile(model, fullgraph=True, dynamic=False, options=options), dtype)
     # All networks of a class share one `forward`, which torch compiles for eight of them and then refuses.
@@ -112,7 +116,15 @@ ENGINES: dict[str, Callable[[nn.Module, tuple[Tensor, ...], torch.dtype], Runner
 
 
 # By itself it computes again, in each kernel that reads it, what takes up to 30 operations.
-_CPU_OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {"realize_opcount_threshold": 6}
+_CPU_OPTIONS = {"realize_opcount_threshold": 6}
+
+
+def _without_global_state(guards: Sequence[Any]) -> list[bool]:
+    """Which guards torch keeps: a form is not compiled again for other threads, default dtypes or modes around a call.
+
+    `optimize` calls every form without gradients or autocast; the rest of the global state it met when it was made.
+    """
+    return [not isinstance(guard.orig_guard.originating_source, GlobalStateSource) for guard in guards]
 
 
 def _in_torch(network: Callable[..., Any], dtype: torch.dtype) -> Runner:
