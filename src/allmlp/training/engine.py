@@ -388,7 +388,7 @@ def prepare_output(
             the beginning; the run directory stays as it is.
     """
     resume = resume or is_restarted()
-    checkpoint = None
+    checkpoint, keeps_recipe = None, False
     if resume:
         checkpoint = last_checkpoint(output, also=(AVERAGED,) if recipe.ema else ())
         _log.info("going on from %s", checkpoint) if checkpoint else _log.warning(
@@ -405,16 +405,16 @@ def prepare_output(
                 raise UserError(
                     f"{error}\nGo on with the model and the data of the run, or choose another --output."
                 ) from error
-            if changes and _is_finished(checkpoint, recipe):
-                _log.warning("no step is left to train: the run keeps its recipe (%s)", ", ".join(changes.values()))
-                return checkpoint
+            keeps_recipe = _is_finished(checkpoint, recipe)
             if changes:
-                _log.warning("going on with other hyper-parameters: %s", ", ".join(changes.values()))
+                what = "no step is left to train, the recipe stays without" if keeps_recipe else "going on with"
+                _log.warning("%s other hyper-parameters: %s", what, ", ".join(changes.values()))
     if is_first_process():
         run_directory.remove_unfinished(output)
         if overwrite and not resume:
             run_directory.remove(run_directory.former_run(output))
-        write_text(output / run_directory.RECIPE, recipe_to_yaml(recipe))
+        if not (keeps_recipe and (output / run_directory.RECIPE).is_file()):
+            write_text(output / run_directory.RECIPE, recipe_to_yaml(recipe))
     return checkpoint
 
 
