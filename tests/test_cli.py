@@ -215,6 +215,13 @@ GOLDEN = ROOT / "tests" / "golden"
 
 
 class TestConvert:
+    @pytest.mark.parametrize("command", ["convert", "train"])
+    def test_an_output_without_a_name_is_refused(self, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit) as left:
+            main([command, "x.pth", "--output", ""])
+        assert left.value.code == 2
+        assert "--output: must name a directory" in capsys.readouterr().err
+
     def test_an_image_model_becomes_a_run(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         checkpoint, run = str(GOLDEN / "deit_resmlp" / "checkpoint.pth"), str(tmp_path / "run")
         names = tmp_path / "names.txt"

@@ -144,7 +144,7 @@ def _add_train(commands: Any) -> None:
     parser.add_argument(
         "--task", choices=RECIPES, default=argparse.SUPPRESS, help="what to learn (default: what the model is for)"
     )
-    parser.add_argument("--output", type=_directory, required=True, metavar="DIR", help="the run directory")
+    parser.add_argument("--output", type=_folder, required=True, metavar="DIR", help="the run directory")
     parser.add_argument("--recipe", metavar="FILE", help="hyper-parameters from a YAML file; flags win over it")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the run directory")
     parser.add_argument("--overwrite", action="store_true", help="replace a former run in the run directory")
@@ -368,9 +368,11 @@ def _generate(options: argparse.Namespace) -> None:
 def _add_convert(commands: Any) -> None:
     parser = _command(commands, "convert", _convert, "make a run directory of a public checkpoint")
     parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="a .pth, .pt, .bin, .safetensors or .npz file, or timm:NAME"
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="a .pth, .pt, .bin, .safetensors or .npz file, the .index.json of several, or timm:NAME",
     )
-    parser.add_argument("--output", type=_directory, required=True, metavar="DIR", help="the run directory")
+    parser.add_argument("--output", type=_folder, required=True, metavar="DIR", help="the run directory")
     parser.add_argument("--source", metavar="S", help="who saved it; found out where it is left away")
     parser.add_argument(
         "--set",
@@ -497,9 +499,10 @@ def _benchmark(options: argparse.Namespace) -> None:
     _answer(options, answer, lambda: table(result_table(results), right=(2, 3, 5, 6)))
 
 
-def _directory(text: str) -> str:
-    if not text:
-        raise argparse.ArgumentTypeError("must be a directory's name, got ''")
+def _folder(text: str) -> str:
+    # pathlib takes an empty name, such as an unset variable's, for the current directory
+    if not text.strip():
+        raise argparse.ArgumentTypeError("must name a directory, got an empty name")
     return text
 
 

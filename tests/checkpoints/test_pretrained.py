@@ -36,6 +36,7 @@ class TestTimm:
     def test_its_weights_compute_the_same_here(self, weights: Path) -> None:
         found = from_timm(NAME, pretrained_cfg_overlay={"file": str(weights)})
         assert (found.architecture.name, found.architecture.num_classes) == ("gmlp_tiny_patch16_224", 1000)
+        assert found.notes == ()
         peer = timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay={"file": str(weights)}).double().eval()
         x = torch.randn(1, 3, 224, 224, dtype=torch.float64)
         expected = peer(x)

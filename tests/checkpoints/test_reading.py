@@ -15,7 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from allmlp.checkpoints.reading import read_checkpoint
 from allmlp.errors import UserError
@@ -65,15 +68,6 @@ class TestPlainContainers:
         assert [type(number) for number in contents["best"]] == [float, float, int, bool, float]
         assert contents["args"].lr == 1e-3
 
-    def test_paths_and_default_dictionaries_are_data_and_arrays_are_passed_over(self, path: Path) -> None:
-        steps = defaultdict(dict, {"a": {"step": 3}})
-        torch.save({**WEIGHTS, "args": Path("runs/one"), "state": steps, "best": np.zeros(3)}, path)
-        contents = read_checkpoint(path)
-        assert contents["args"] == "runs/one"
-        assert contents["state"] == {"a": {"step": 3}}
-        assert not isinstance(contents["best"], np.ndarray)
-        assert torch.equal(contents["a.weight"], WEIGHTS["a.weight"])
-
     def test_a_configuration_of_yacs_needs_no_yacs(self) -> None:
         assert "yacs" not in sys.modules
         contents = read_checkpoint(GOLDEN / "as_mlp_shift5" / "checkpoint.pth")
@@ -85,6 +79,20 @@ class TestPlainContainers:
         before = set(torch.serialization.get_safe_globals())
         read_checkpoint(GOLDEN / "as_mlp_shift5" / "checkpoint.pth")
         assert set(torch.serialization.get_safe_globals()) == before
+
+    def test_companions_of_weights_are_harmless(self, path: Path) -> None:
+        nested = defaultdict(list, {"a": [1]})
+        companions = {"history": np.zeros(3), "names": np.array(["a"]), "out": Path("/runs/a"), "log": nested}
+        torch.save({"model": WEIGHTS, "args": argparse.Namespace(**companions)}, path)
+        contents = read_checkpoint(path)
+        assert torch.equal(contents["model"]["a.weight"], WEIGHTS["a.weight"])
+        assert (contents["args"].out, contents["args"].log) == ("/runs/a", {"a": [1]})
+        assert not isinstance(contents["args"].history, np.ndarray)
+
+    def test_what_makes_the_values_of_a_dictionary_is_not_called(self, path: Path) -> None:
+        path.write_bytes(zipped(b"\x80\x02}X\x01\x00\x00\x00ac__builtin__\nlist\n)Rs."))
+        with pytest.raises(UserError, match="a built-in type would have to be called"):
+            read_checkpoint(path)
 
 
 class Trap:
@@ -184,39 +192,6 @@ def zipped(data: bytes) -> bytes:
     return result.getvalue()
 
 
-class TestSeveralFiles:
-    @pytest.fixture
-    def index(self, tmp_path: Path) -> Path:
-        names = {"a.weight": "model-00001-of-00002.safetensors", "a.bias": "model-00002-of-00002.safetensors"}
-        for name, shard in names.items():
-            save_file({name: WEIGHTS[name]}, tmp_path / shard)
-        index = tmp_path / "model.safetensors.index.json"
-        index.write_text(json.dumps({"metadata": {}, "weight_map": names}))
-        return index
-
-    def test_the_index_gives_all_of_them(self, index: Path) -> None:
-        contents = read_checkpoint(index)
-        assert contents.keys() == WEIGHTS.keys()
-        assert all(torch.equal(contents[name], WEIGHTS[name]) for name in WEIGHTS)
-
-    def test_one_of_them_alone_is_refused(self, index: Path) -> None:
-        with pytest.raises(UserError, match=r"is one of several files of a checkpoint; name their index"):
-            read_checkpoint(index.with_name("model-00001-of-00002.safetensors"))
-
-    @pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'])
-    def test_a_broken_index(self, index: Path, content: str) -> None:
-        index.write_text(content)
-        with pytest.raises(UserError, match=r"index\.json is no index of safetensors files"):
-            read_checkpoint(index)
-
-    @pytest.mark.parametrize("name", ["missing.safetensors", "../outside.safetensors", "/etc/passwd"])
-    def test_files_that_do_not_lie_beside_it(self, index: Path, name: str) -> None:
-        save_file(WEIGHTS, index.parent.parent / "outside.safetensors")
-        index.write_text(json.dumps({"weight_map": {"a": name}}))
-        with pytest.raises(UserError, match=f"names files that do not lie beside it: {name}"):
-            read_checkpoint(index)
-
-
 class TestBrokenFiles:
     def test_one_that_is_not_there(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"no file .*nothing\.pth"):
@@ -293,22 +268,18 @@ class TestBrokenFiles:
         with pytest.raises(UserError, match="corrupt or cut short"):
             read_checkpoint(path)
 
-    def test_one_of_another_byte_order_is_read(self, path: Path) -> None:
-        npz({"a": np.arange(3, dtype=">f4")}, path)
-        assert read_checkpoint(path)["a"].tolist() == [0, 1, 2]
-
-    def test_a_pickle_of_another_protocol_says_why(self, path: Path) -> None:
+    def test_one_of_another_protocol(self, path: Path) -> None:
         torch.save(WEIGHTS, path, pickle_protocol=4)
-        with pytest.raises(UserError, match=r"\([^)]+\)"):
+        with pytest.raises(UserError, match=r"a pickle of protocol 4; .*Save it again without pickle_protocol"):
             read_checkpoint(path)
 
-    def test_tensors_of_a_class_of_their_own(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        class Sharded(torch.Tensor):
-            pass
+    def test_arrays_of_another_byte_order(self, path: Path) -> None:
+        npz({"a": np.arange(3, dtype=">f4")}, path)
+        assert torch.equal(read_checkpoint(path)["a"], torch.arange(3.0))
 
-        monkeypatch.setattr(torch, "load", lambda *_, **__: {"a": torch.ones(2).as_subclass(Sharded)})
-        torch.save(WEIGHTS, path)
-        with pytest.raises(UserError, match=r"is refused: it holds a Sharded; save the full state dict"):
+    def test_arrays_of_longer_numbers(self, path: Path) -> None:
+        npz({"a": np.zeros(3, dtype=np.longdouble)}, path)
+        with pytest.raises(UserError, match=r"a holds float\d+, not numbers of a type that torch has"):
             read_checkpoint(path)
 
     def test_arrays_of_text(self, path: Path) -> None:
@@ -330,3 +301,56 @@ class TestBrokenFiles:
         assert path.stat().st_size < 2**20
         with pytest.raises(UserError, match=rf"it has [\d,]+ bytes and claims to hold {mebibytes * 2**20:,}\."):
             read_checkpoint(path)
+
+
+def test_weights_spread_over_processes_are_refused_by_name(path: Path) -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        torch.save({name: distribute_tensor(tensor, mesh, [Shard(0)]) for name, tensor in WEIGHTS.items()}, path)
+        with pytest.raises(UserError, match="holds a DTensor, the part of a weight that one process has"):
+            read_checkpoint(path)
+    finally:
+        dist.destroy_process_group()
+
+
+class TestSeveralFiles:
+    @pytest.fixture
+    def index(self, tmp_path: Path) -> Path:
+        files = {name: f"model-0000{part}-of-00002.safetensors" for part, name in enumerate(WEIGHTS, 1)}
+        for name, file in files.items():
+            save_file({name: WEIGHTS[name]}, tmp_path / file)
+        index = tmp_path / "model.safetensors.index.json"
+        index.write_text(json.dumps({"metadata": {}, "weight_map": files}))
+        return index
+
+    def test_they_are_read_by_their_index(self, index: Path) -> None:
+        contents = read_checkpoint(index)
+        assert contents.keys() == WEIGHTS.keys()
+        assert all(torch.equal(contents[name], WEIGHTS[name]) for name in WEIGHTS)
+
+    def test_one_alone_is_no_model(self, index: Path) -> None:
+        with pytest.raises(UserError, match=r"one of 2 files .*: name their index, model\.safetensors\.index\.json"):
+            read_checkpoint(index.with_name("model-00001-of-00002.safetensors"))
+
+    def test_a_single_one_may_be_numbered(self, tmp_path: Path) -> None:
+        save_file(WEIGHTS, tmp_path / "model-00001-of-00001.safetensors")
+        assert read_checkpoint(tmp_path / "model-00001-of-00001.safetensors").keys() == WEIGHTS.keys()
+
+    def test_one_too_few_is_named(self, index: Path) -> None:
+        index.with_name("model-00002-of-00002.safetensors").unlink()
+        with pytest.raises(UserError, match=r"no file .*model-00002-of-00002\.safetensors, which .*index\.json names"):
+            read_checkpoint(index)
+
+    def test_files_hold_what_the_index_says(self, index: Path) -> None:
+        save_file({"b": torch.ones(2)}, index.with_name("model-00002-of-00002.safetensors"))
+        with pytest.raises(UserError, match=r"00002\.safetensors does not hold the weights that .*index\.json says"):
+            read_checkpoint(index)
+
+    @pytest.mark.parametrize(
+        "text", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": "../b"}}', '{"weight_map": {"a": 1}}']
+    )
+    def test_an_index_that_is_none(self, index: Path, text: str) -> None:
+        index.write_text(text)
+        with pytest.raises(UserError, match=r"index\.json is no index of a model's files"):
+            read_checkpoint(index)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from allmlp.checkpoints import run_directory
 from allmlp.checkpoints.training_checkpoints import unfinished_checkpoint
 from allmlp.errors import UserError
 from allmlp.files import UNFINISHED
-from allmlp.language import GMLPConfig, GMLPForCausalLM
+from allmlp.language import GMLPForCausalLM
+from tests.language.tiny import tiny_config
 from tests.pictures import picture
 
 ARGUMENTS = {"img_size": 8, "patch_size": 4, "num_blocks": 2, "embed_dim": 16}
@@ -115,27 +117,6 @@ def test_directories_that_are_no_run_say_what_they_are(tmp_path: Path) -> None:
             allmlp.load(tmp_path)
 
 
-def test_weights_in_several_files_are_one_model(tmp_path: Path) -> None:
-    config = GMLPConfig.named("gmlp_nano", vocab_size=40, num_hidden_layers=2)
-    model = GMLPForCausalLM(config)
-    model.save_pretrained(tmp_path, max_shard_size="200KB")
-    assert not (tmp_path / "model.safetensors").exists()
-    loaded = allmlp.load(tmp_path)
-    assert all(map(torch.equal, loaded.state_dict().values(), model.state_dict().values()))
-
-
-def test_the_widest_dtype_holds_all() -> None:
-    half, single, double = (torch.zeros(1, dtype=dtype) for dtype in (torch.float16, torch.float32, torch.float64))
-    assert run_directory.widest({"a": half}) == run_directory.widest({"a": half, "b": single}) == torch.float32
-    assert run_directory.widest({"a": half, "b": double}) == torch.float64
-
-
-def test_double_precision_is_kept(tmp_path: Path) -> None:
-    model = timm.create_model("gmlp_nano_patch4_32", num_classes=3, **ARGUMENTS).double()
-    run_directory.save_classifier(run_directory.classifier(model, "gmlp_nano_patch4_32", ARGUMENTS, CLASSES), tmp_path)
-    assert allmlp.load(tmp_path).head.weight.dtype == torch.float64
-
-
 def test_config_and_weights_that_do_not_match_are_listed(saved: tuple[Path, torch.nn.Module]) -> None:
     run, _ = saved
     config = json.loads((run / "config.json").read_text())
@@ -195,3 +176,32 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
     run_directory.remove_unfinished(tmp_path)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["notes.txt", "report"]
+
+
+def test_the_widest_dtype_holds_all() -> None:
+    half, single, double = (torch.zeros(1, dtype=dtype) for dtype in (torch.float16, torch.float32, torch.float64))
+    assert run_directory.widest({"a": half}) == run_directory.widest({"a": half, "b": single}) == torch.float32
+    assert run_directory.widest({"a": half, "b": double}) == torch.float64
+
+
+def test_double_precision_is_kept(tmp_path: Path) -> None:
+    model = timm.create_model("gmlp_nano_patch4_32", num_classes=3, **ARGUMENTS).double().eval()
+    wrapped = run_directory.classifier(model, "gmlp_nano_patch4_32", ARGUMENTS, CLASSES)
+    run_directory.save_classifier(wrapped, tmp_path)
+    images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    assert torch.equal(allmlp.load(tmp_path)(images), model(images))
+
+
+@pytest.mark.parametrize("kind", ["classifier", "language"])
+def test_weights_in_several_files_are_loaded(kind: str, tmp_path: Path) -> None:
+    if kind == "classifier":
+        model = timm.create_model("gmlp_nano_patch4_32", num_classes=3, **ARGUMENTS).eval()
+        saved: Any = run_directory.classifier(model, "gmlp_nano_patch4_32", ARGUMENTS, CLASSES)
+    else:
+        saved = model = GMLPForCausalLM(tiny_config())
+    saved.save_pretrained(tmp_path, max_shard_size="8KB")
+    assert not (tmp_path / "model.safetensors").exists()
+    torch.testing.assert_close(allmlp.load(tmp_path).state_dict(), model.state_dict(), rtol=0, atol=0)
+    next(tmp_path.glob("model-*.safetensors")).unlink()
+    with pytest.raises(UserError, match=r"cannot be (read|loaded)"):
+        allmlp.load(tmp_path)

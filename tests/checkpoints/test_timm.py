@@ -85,6 +85,23 @@ def test_gated_mixers_are_refused_by_name() -> None:
         convert_state_dict(weights)
 
 
+def test_another_activation_may_be_given() -> None:
+    model = Mixer(img_size=6, patch_size=2, num_blocks=2, embed_dim=8, act_layer="gelu_tanh").eval()
+    originals.draw(model)
+    x = torch.randn(2, 3, 6, 6)
+    found = convert_state_dict(model.state_dict())
+    assert "act_layer is not stored; gelu is assumed." in found.notes
+    found = convert_state_dict(model.state_dict(), facts={"act_layer": "gelu_tanh"})
+    assert not [note for note in found.notes if "act_layer" in note]
+    torch.testing.assert_close(found.model(x), model(x), rtol=0, atol=0)
+    for value in ("relu", ["gelu"]):
+        with pytest.raises(UserError, match=r"act_layer is .*; it should be gelu or gelu_tanh"):
+            convert_state_dict(model.state_dict(), facts={"act_layer": value})
+    weights = originals.timm_resmlp().model.state_dict()
+    with pytest.raises(UserError, match=r"it should be gelu, as the models here have no other"):
+        convert_state_dict(weights, facts={"act_layer": "gelu_tanh"})
+
+
 def test_a_norm_behind_the_stem_is_not_dropped() -> None:
     weights = MlpMixer(img_size=8, patch_size=4, embed_dim=8, num_blocks=1, stem_norm=True).state_dict()
     with pytest.raises(UserError, match=r"2 not used by the architecture: stem\.norm\.weight, stem\.norm\.bias"):

@@ -74,7 +74,7 @@ def test_a_schema_is_no_average() -> None:
 
 
 def test_of_several_the_usual_one_is_taken_and_the_others_are_said() -> None:
-    found = unwrap({"student": AVERAGE, "net": {**AVERAGE}, "model": WEIGHTS})
+    found = unwrap({"student": dict(AVERAGE), "net": AVERAGE, "model": WEIGHTS})
     assert found.tensors == WEIGHTS
     assert found.notes == ("The weights under 'model' are taken, not 'net', 'student'.",)
 

@@ -90,7 +90,8 @@ def from_timm(name: str, **arguments: Any) -> Conversion:
     except Exception as error:
         raise UserError(f"timm cannot give {name} with its weights: {error}") from error
     cfg = original.pretrained_cfg
-    conversion = convert_state_dict(original.state_dict(), "timm", {"img_size": list(cfg["input_size"][1:])})
+    facts = {"img_size": list(cfg["input_size"][1:]), "act_layer": "gelu"}
+    conversion = convert_state_dict(original.state_dict(), "timm", facts)
     preparation = {name: cfg[name] for name in PREPARATION}
     conversion.model.pretrained_cfg.update(preparation)
     assert isinstance(conversion.architecture, VisionArchitecture)

@@ -1,16 +1,17 @@
 """Checkpoint files read as data: tensors and plain values. No code in a file is ever run.
 
 Three formats, told apart by what the file begins with and not by its name: PyTorch's (`.pth`, `.pt`, `.bin`; zip
-archives and the older pickles), safetensors, and NumPy's `.npz`.
+archives and the older pickles), safetensors, and NumPy's `.npz`. Of a model in several files the index names them all.
 """
 
 import argparse
 import json
 import mmap
 import re
+import warnings
 import zipfile
 from collections import Counter, OrderedDict
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -22,20 +23,22 @@ from allmlp.errors import UserError, first_line
 
 _FORMATS = "allmlp reads PyTorch's .pth, .pt and .bin, safetensors and NumPy's .npz"
 _MIB = 2**20
-_PATHS = ("Path", "PurePath", "PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")
-INDEX = ".safetensors.index.json"
-"""How the index of a checkpoint in several files ends."""
+INDEX = ".index.json"
+"""How the name of an index ends."""
+_INDEX_BYTES = 2**26
+# As transformers numbers a model's files.
+_PART = re.compile(r"-(\d{5})-of-(\d{5})\.(?:safetensors|bin)$")
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Everything a checkpoint file holds.
 
     Tensors come on the CPU. From PyTorch's files the plain containers that trainers save are read as data: yacs'
-    `CfgNode` and default dictionaries as dictionaries (yacs need not be installed), `argparse.Namespace`, NumPy scalars
-    as Python numbers, paths as text.
+    `CfgNode` as a dictionary (yacs need not be installed), `argparse.Namespace`, NumPy scalars as Python numbers, paths
+    as text, a `defaultdict` as a dictionary, NumPy arrays without their numbers.
 
     Args:
-        path: The file; of a checkpoint in several safetensors files the index, `….safetensors.index.json`.
+        path: The file, or of a model in several files their index, `….index.json`.
 
     Returns:
         The names at the top and what they hold; flat for safetensors and npz.
@@ -50,9 +53,50 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"There is no file {path}.")
     if path.name.endswith(INDEX):
-        return {name: tensor for shard in shards_of(path) for name, tensor in _read_safetensors(shard).items()}
-    if re.search(r"-\d{5}-of-\d{5}\.\w+$", path.name):
-        raise UserError(f"{path} is one of several files of a checkpoint; name their index, such as model{INDEX}.")
+        return _read_parts(path)
+    part = _PART.search(path.name)
+    if part and int(part[2]) > 1:
+        index = f"{path.name[: part.start()]}{path.suffix}{INDEX}"
+        raise UserError(f"{path} is one of {int(part[2])} files that hold a model together: name their index, {index}.")
+    return _read_file(path)
+
+
+def parts_of(index: str | Path) -> dict[str, list[str]]:
+    """The files of a model in several, which lie beside their index, and the names of the weights in each.
+
+    Raises:
+        UserError: It is no index of files beside it.
+    """
+    index = Path(index)
+    try:
+        if index.stat().st_size > _INDEX_BYTES:
+            raise ValueError(f"it has more than {_INDEX_BYTES:,} bytes")
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if not all(isinstance(file, str) and Path(file).name == file for file in places.values()):
+            raise ValueError("its weight_map names files elsewhere")
+    # what is no dictionary, too, and brackets without end
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{index} is no index of a model's files: {first_line(error)}") from error
+    parts: dict[str, list[str]] = {}
+    for name, file in places.items():
+        parts.setdefault(file, []).append(name)
+    return parts
+
+
+def _read_parts(index: Path) -> dict[str, Any]:
+    contents: dict[str, Any] = {}
+    for file, names in parts_of(index).items():
+        path = index.parent / file
+        if not path.is_file():
+            raise UserError(f"There is no file {path}, which {index} names.")
+        part = _read_file(path)
+        if part.keys() != set(names):
+            raise UserError(f"{path} does not hold the weights that {index} says.")
+        contents |= part
+    return contents
+
+
+def _read_file(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         start = file.read(16)
     if not start:
@@ -69,23 +113,6 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(contents, dict) or not all(isinstance(key, str) for key in contents):
         raise UserError(f"{path} holds a {type(contents).__name__}, not weights by name.")
     return contents
-
-
-def shards_of(index: Path) -> list[Path]:
-    """The files that an index of safetensors names; they lie beside it.
-
-    Raises:
-        UserError: It is no such index, or a file is missing.
-    """
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        shards = [index.parent / name for name in names if Path(name).name == name]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index} is no index of safetensors files: {first_line(error)}") from error
-    missing = [name for name in names if not (index.parent / name).is_file()]
-    if missing or len(shards) < len(names) or not names:
-        raise UserError(f"{index} names files that do not lie beside it: {', '.join(missing or names) or 'none'}.")
-    return shards
 
 
 def _read_zip(path: Path) -> Any:
@@ -127,8 +154,8 @@ def _read_npz(path: Path) -> dict[str, torch.Tensor]:
         with np.load(path, allow_pickle=False) as arrays:
             for name in arrays.files:
                 array = arrays[name]
-                if array.dtype.kind not in "fiub":
-                    raise UserError(f"{path}: {name} holds {array.dtype}, not numbers.")
+                if array.dtype.kind not in "fiub" or array.itemsize > 8:
+                    raise UserError(f"{path}: {name} holds {array.dtype}, not numbers of a type that torch has.")
                 tensors[name] = torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
     except UserError:
         raise
@@ -148,30 +175,43 @@ def _read_torch(path: Path, records: Counter[int] | None = None) -> Any:
         # torch would build one of whatever size the file asks for
         if content.find(b"\nbytearray\n") >= 0:
             raise UserError(f"{path} is refused: it holds a bytearray, which may claim any size.")
-    try:
-        # mapped, a tensor that claims more than its record reaches into the file, not into other memory
-        with torch.serialization.safe_globals([(stand_in, name) for name, stand_in in _PLAIN_CONTAINERS.items()]):
+    stand_ins: list[Any] = [(stand_in, name) for name, stand_in in _PLAIN_CONTAINERS.items()]
+    with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            # mapped, a tensor that claims more than its record reaches into the file, not into other memory
             contents = torch.load(path, map_location="cpu", weights_only=True, mmap=records is not None)
-    # The bytes drive the unpickler, so a broken file can raise anything.
-    except Exception as error:
-        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if refused:
-            raise UserError(
-                f"{path} is refused: to load it, '{refused[1]}' would have to be run, which is neither a tensor nor a "
-                "plain container that trainers save. Save the state_dict() alone."
-            ) from error
-        raise _corrupt(path, error) from error
-    claimed = _storage_bytes(contents, path)
+        # The bytes drive the unpickler, so a broken file can raise anything.
+        except Exception as error:
+            raise _refusal(path, error, " ".join(str(warning.message) for warning in said)) from error
+    claimed = _storage_bytes(path, contents)
     if sum(claimed.elements()) > path.stat().st_size or (records is not None and claimed - records):
         raise UserError(f"{path} is refused: its tensors claim more data than it holds.")
     return contents
 
 
-def _storage_bytes(contents: Any, path: Path) -> Counter[int]:
+def _refusal(path: Path, error: Exception, warned: str) -> UserError:
+    """Why torch has not loaded a file."""
+    refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if refused:
+        return UserError(
+            f"{path} is refused: to load it, '{refused[1]}' would have to be run, which is neither a tensor nor a "
+            "plain container that trainers save. Save the state_dict() alone."
+        )
+    protocol = re.search(r"pickle protocol (\d+)", warned)
+    if protocol:
+        return UserError(
+            f"{path} is a pickle of protocol {protocol[1]}; protocol 2, torch.save's default, alone can be read "
+            "without running code. Save it again without pickle_protocol."
+        )
+    return _corrupt(path, error)
+
+
+def _storage_bytes(path: Path, contents: Any) -> Counter[int]:
     """The sizes of all tensors' data in containers of any depth, each memory once.
 
     Raises:
-        UserError: A tensor is of a class of its own, which keeps its data elsewhere.
+        UserError: A tensor has something else than data of its own.
     """
     storages: dict[int, int] = {}
     seen: set[int] = set()
@@ -181,8 +221,11 @@ def _storage_bytes(contents: Any, path: Path) -> Counter[int]:
         if id(value) in seen:
             continue
         seen.add(id(value))
-        if isinstance(value, torch.Tensor) and type(value) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
-            raise UserError(f"{path} is refused: it holds a {type(value).__name__}; save the full state dict instead.")
+        if isinstance(value, torch.Tensor) and type(value) not in (torch.Tensor, torch.nn.Parameter):
+            raise UserError(
+                f"{path} holds a {type(value).__name__}, the part of a weight that one process has. Save whole "
+                "weights: get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))."
+            )
         if isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta:
             storage = value.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
@@ -196,7 +239,7 @@ def _storage_bytes(contents: Any, path: Path) -> Counter[int]:
 
 
 def _corrupt(path: Path, error: BaseException) -> UserError:
-    text = str(error).strip() or type(error).__name__
+    text = str(error).strip()
     # torch's first line advises to run whatever the file holds; the reason stands behind it
     text = text.partition("WeightsUnpickler error: ")[2] or text
     reason = text.splitlines()
@@ -211,11 +254,11 @@ class _CfgNode:
 
 
 class _NumpyDtype:
-    """Stands in for `numpy.dtype` of a number: keeps the name and the byte order."""
+    """Stands in for `numpy.dtype` of numbers or text: keeps the name and the byte order."""
 
     def __init__(self, name: str, align: bool = False, copy: bool = False) -> None:
-        if not re.fullmatch(r"[fiub][1248]", name):
-            raise ValueError(f"a NumPy scalar of type {name!r} is no number")
+        if not re.fullmatch(r"[fiub][1248]|[US]\d{1,9}", name):
+            raise ValueError(f"NumPy's type {name!r} is no number")
         self.name, self.order = name, "<"
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
@@ -227,26 +270,31 @@ def _numpy_scalar(dtype: _NumpyDtype, data: bytes) -> Any:
     return np.frombuffer(data, dtype.order + dtype.name, count=1)[0].item()
 
 
-class _Opaque:
-    """Stands in for what is no weight and never asked for: it takes what it is given and keeps nothing."""
+class _NumpyArray:
+    """Stands in for `numpy.ndarray`, of which nothing is read: weights are tensors."""
 
-    def __init__(self, *given: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
         pass
 
 
-class _DefaultDict:
-    """Stands in for `collections.defaultdict`, as `_CfgNode` for a dictionary."""
-
-    def __new__(cls, factory: Any = None) -> OrderedDict[str, Any]:  # type: ignore[misc]
-        return OrderedDict()
+def _numpy_array(*arguments: Any) -> _NumpyArray:
+    """Stands in for NumPy's making of an array that is then filled."""
+    return _NumpyArray()
 
 
 def _path(*parts: str) -> str:
-    """Stands in for a path."""
-    return "/".join(parts)
+    """Stands in for pathlib's paths."""
+    return str(PurePosixPath(*parts))
+
+
+def _dictionary(*factory: Any) -> dict[Any, Any]:
+    """Stands in for `collections.defaultdict`."""
+    return {}
+
+
+def _factory(*arguments: Any) -> None:
+    """Stands in for what a `defaultdict` would make its values of."""
+    raise ValueError("a built-in type would have to be called")
 
 
 # What may be named in a file beside PyTorch's own tensors, and what is built in its place.
@@ -254,12 +302,16 @@ _PLAIN_CONTAINERS: dict[str, Any] = {
     "yacs.config.CfgNode": _CfgNode,
     "argparse.Namespace": argparse.Namespace,
     "numpy.dtype": _NumpyDtype,
-    "numpy.core.multiarray.scalar": _numpy_scalar,
-    "numpy._core.multiarray.scalar": _numpy_scalar,
-    "numpy.ndarray": _Opaque,
-    "numpy.core.multiarray._reconstruct": _Opaque,
-    "numpy._core.multiarray._reconstruct": _Opaque,
-    "collections.defaultdict": _DefaultDict,
-    **{f"builtins.{kind}": _Opaque for kind in ("dict", "list", "int", "float")},
-    **{f"{module}.{kind}": _path for module in ("pathlib", "pathlib._local") for kind in _PATHS},
+    "numpy.ndarray": _NumpyArray,
+    # NumPy's before and since 2.0, pathlib's in Python 3.13 and in all others
+    **dict.fromkeys(("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"), _numpy_scalar),
+    **dict.fromkeys(("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"), _numpy_array),
+    **{
+        f"{module}.{pure}{system}Path": _path
+        for module in ("pathlib", "pathlib._local")
+        for pure in ("", "Pure")
+        for system in ("Posix", "Windows")
+    },
+    "collections.defaultdict": _dictionary,
+    **{f"builtins.{name}": _factory for name in ("dict", "list", "int", "float", "str", "bool")},
 }

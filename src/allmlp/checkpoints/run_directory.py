@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from allmlp.checkpoints import description
-from allmlp.checkpoints.reading import INDEX, shards_of
+from allmlp.checkpoints.reading import INDEX, parts_of
 from allmlp.checkpoints.training_checkpoints import AVERAGED, checkpoints_in, last_checkpoint
 from allmlp.errors import UserError, nearest, shown
 from allmlp.files import UNFINISHED, atomic_path, to_disk, write_json
@@ -440,10 +440,12 @@ def remove_unfinished(directory: str | Path) -> None:
 
 def _weights(directory: str | Path) -> list[Path]:
     """The files of the weights that count: averaged ones where there are any; one file, or several with an index."""
-    averaged, whole, index = (Path(directory) / name for name in (AVERAGED, WEIGHTS, f"model{INDEX}"))
+    averaged, whole, index = (Path(directory) / name for name in (AVERAGED, WEIGHTS, WEIGHTS + INDEX))
     if averaged.is_file():
         return [averaged]
-    return shards_of(index) if index.is_file() and not whole.is_file() else [whole]
+    if whole.is_file() or not index.is_file():
+        return [whole]
+    return [whole.with_name(name) for name in parts_of(index)]
 
 
 def _shapes(weights: Sequence[Path]) -> dict[str, list[int]]:

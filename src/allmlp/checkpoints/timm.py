@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from allmlp.checkpoints.architecture import VisionArchitecture, ratio, vision_architecture
 from allmlp.checkpoints.layout import (
     SQUARE_IMG_SIZE,
+    Fact,
     Facts,
     Layout,
     Tensors,
@@ -59,6 +60,7 @@ def _mixer(tensors: Tensors, facts: Facts) -> tuple[VisionArchitecture, Tensors]
         mixer.VARIANTS,
         token_hidden=token_hidden,
         channel_hidden=shape(tensors, "blocks.0.mlp_channels.fc1.weight", 2)[0],
+        act_layer=facts.get("act_layer", "gelu"),
         preparation=_TO_UNIT_RANGE,
         **_sizes(tensors, tokens, facts),
     )
@@ -157,6 +159,17 @@ def _in_timms_shape(name: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
+def _activation(*known: str) -> Fact:
+    """The activation inside the MLPs, of those that the family has here."""
+
+    def parse(value: Any) -> str:
+        if value not in known:
+            raise ValueError(f"{' or '.join(known)}, as the models here have no other")
+        return value
+
+    return Fact(name="act_layer", help=f"the activation: {' or '.join(known)}", parse=parse, assumed="gelu")
+
+
 def _recognises(marker: str) -> Callable[[Mapping[str, Tensor]], bool]:
     return lambda tensors: "stem.proj.weight" in tensors and marker in tensors
 
@@ -169,11 +182,11 @@ LAYOUTS = tuple(
         recognises=_recognises(f"blocks.0.{marker}.weight"),
         convert=convert,
         inferred=_INFERRED,
-        facts=(SQUARE_IMG_SIZE,),
+        facts=(SQUARE_IMG_SIZE, activation),
     )
-    for family, marker, convert in (
-        ("gMLP", "mlp_channels.gate.proj", _gmlp),
-        ("MLP-Mixer", "mlp_tokens.fc1", _mixer),
-        ("ResMLP", "linear_tokens", _resmlp),
+    for family, marker, convert, activation in (
+        ("gMLP", "mlp_channels.gate.proj", _gmlp, _activation("gelu")),
+        ("MLP-Mixer", "mlp_tokens.fc1", _mixer, _activation("gelu", "gelu_tanh")),
+        ("ResMLP", "linear_tokens", _resmlp, _activation("gelu")),
     )
 )

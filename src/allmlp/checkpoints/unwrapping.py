@@ -21,7 +21,7 @@ _WRAPPERS = re.compile(
 )
 # Which of several sets of weights is meant: an average of them, which is what the trainer evaluated, else the first of
 # the usual names.
-_AVERAGED = re.compile(r"(?<![A-Za-z])(?i:ema)(?![a-z])|(?<![A-Z])EMA(?![a-z])|(?i:averag)")
+_AVERAGED = re.compile(r"(?<![a-z])ema(?![a-z])|(?<![A-Z])EMA(?![A-Z])|[Aa]verag")
 _USUAL = (
     "state_dict",
     "model",
