@@ -90,3 +90,30 @@ def test_downsampling_matches_reference(size) -> None:
         return patches(p, x.permute(0, 3, 1, 2), (2, 2))
 
     assert_matches(PatchDownsampling(3, 5), reference, torch.randn(2, *size, 3))
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (PatchEmbedding(None, (4, 4), 3, 5, fixed_size=False), lambda height, width: (2, 3, height, width)),
+        (PatchMerging(3, 5, nn.LayerNorm), lambda height, width: (2, height, width, 3)),
+        (PatchDownsampling(3, 5), lambda height, width: (2, height, width, 3)),
+    ],
+    ids=["embedding", "merging", "downsampling"],
+)
+def test_one_graph_pads_every_size(layer, shape) -> None:
+    """And a graph for one size that needs no padding has none."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append({str(node.target) for node in graph.graph.nodes})
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled = torch.compile(layer, backend=backend, fullgraph=True, dynamic=True)
+    for size in ((32, 28), (33, 28), (32, 29), (37, 50)):
+        x = torch.randn(shape(*size))
+        torch.testing.assert_close(compiled(x), layer(x))
+    torch.compile(layer, backend=backend, fullgraph=True, dynamic=False)(torch.randn(shape(32, 28)))
+    assert [any("pad" in target for target in graph) for graph in graphs] == [True, False]

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from timm.layers import PatchEmbed, resample_patch_embed
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from allmlp.layers.recomputing import is_watched, mapped
 from allmlp.ops.products import multiplies_in_float32, multiply
@@ -182,13 +183,14 @@ def _pad_to_patches(
 ) -> Float[Tensor, "batch channels padded_height padded_width"]:
     """Zeros below and on the right, up to whole patches."""
     height, width = x.shape[2:]
-    # Written for exporters with free sizes: without a guess whether it pads, nor a negative division, where ONNX rounds
-    # up and Python down.
+    # Written for graphs of free sizes: without a question whether it pads, whose answer would hold for some of them, nor
+    # a negative division, where ONNX rounds up and Python down.
     below = (height + patch_size[0] - 1) // patch_size[0] * patch_size[0] - height
     right = (width + patch_size[1] - 1) // patch_size[1] * patch_size[1] - width
-    if torch.compiler.is_exporting() or below or right:
-        return F.pad(x, (0, right, 0, below))
-    return x
+    whole = below + right == 0
+    if statically_known_true(whole) if torch.compiler.is_compiling() else whole:
+        return x
+    return F.pad(x, (0, right, 0, below))
 
 
 def check_patches_tile(img_size: Sequence[int], patch_size: Sequence[int]) -> None:
