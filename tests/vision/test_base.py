@@ -174,6 +174,29 @@ def test_intermediates_stop_early(name, images) -> None:
     torch.testing.assert_close(maps[0], model.forward_intermediates(images, [0])[1][0], rtol=0, atol=0)
 
 
+def test_stopped_early_the_final_map_is_normalised_at_the_norms_width(name, images) -> None:
+    model = random_model(name)
+    final, (kept,) = model.forward_intermediates(images, [0], stop_early=True, output_fmt="NHWC")
+    fits = kept.shape[-1] == model.num_features
+    torch.testing.assert_close(final, model.norm(kept) if fits else kept, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("prune_head", [False, True], ids=["head kept", "head pruned"])
+def test_a_pruned_model_runs_and_takes_a_new_head(name, images, prune_head) -> None:
+    model = random_model(name)
+    (first,) = model.forward_intermediates(images, [0], output_fmt="NHWC", intermediates_only=True)
+    fits = first.shape[-1] == model.num_features
+    norm = model.norm if fits else nn.Identity()
+    model.prune_intermediate_layers([0], prune_head=prune_head)
+    features = norm(first)
+    torch.testing.assert_close(model.forward_features(images), features, rtol=0, atol=0)
+    torch.testing.assert_close(model.forward_intermediates(images, [0])[0], features, rtol=0, atol=0)
+    assert model.num_features == model.head_hidden_size == model.embed_dim == first.shape[-1]
+    assert model(images).shape == ((2, 10) if fits and not prune_head else features.shape)
+    model.reset_classifier(5, "avg")
+    assert model(images).shape == (2, 5)
+
+
 def test_pruning_keeps_what_the_levels_need(name, images) -> None:
     model = random_model(name)
     expected = model.forward_intermediates(images, [0, 1], intermediates_only=True)

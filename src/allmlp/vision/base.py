@@ -175,7 +175,7 @@ class VisionMLP(nn.Module):
             intermediates_only: return the kept maps alone.
 
         Returns:
-            The kept maps, or (final map, kept maps).
+            The kept maps, or (final map, kept maps); the final map is normalised where it has the norm's width.
 
         Raises:
             ValueError: for another `output_fmt`.
@@ -190,25 +190,37 @@ class VisionMLP(nn.Module):
         for index, block in enumerate(self.blocks[:stop]):
             x = checkpoint(block, x) if self.grad_checkpointing else block(x)
             if index in wanted:
-                found[index] = self.norm(x) if norm and x.shape[-1] == self.num_features else x
+                found[index] = self._normalised(x) if norm else x
         # a pruned model has no more than these
         kept = [found[index] for index in wanted if index in found]
         if output_fmt == "NCHW":
             kept = [y.permute(0, 3, 1, 2).contiguous() for y in kept]
         if intermediates_only:
             return kept
-        return self.norm(x), kept
+        return self._normalised(x), kept
+
+    def _normalised(
+        self, x: Float[Tensor, "batch rows columns channels"]
+    ) -> Float[Tensor, "batch rows columns channels"]:
+        """The map behind the final norm where it has the norm's width; earlier stages are narrower."""
+        return self.norm(x) if x.shape[-1] == self.num_features else x
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop what lies behind the named feature levels, norm and head where asked; returns the levels kept."""
+        """Drop what lies behind the named feature levels, norm and head where asked; returns the levels kept.
+
+        Where the last level kept has another width than the norm and the head, they go whatever is asked.
+        """
         take, last = feature_take_indices(len(self.level_indices), indices)
+        channels = self.feature_info[last]["num_chs"]
+        fits = channels == self.num_features
+        self.num_features = self.head_hidden_size = self.embed_dim = channels
         self.blocks = self.blocks[: self.level_indices[last] + 1]
         self.stem.further_stride = self.feature_info[last]["reduction"] // max(self.stem.patch_size)
-        if prune_norm:
+        if prune_norm or not fits:
             self.norm = nn.Identity()
-        if prune_head:
+        if prune_head or not fits:
             self.reset_classifier(0, "")
         return take
 
