@@ -92,5 +92,8 @@ def test_grids_are_guessed_from_the_number_of_tokens() -> None:
     assert guess_grid(196, like=(7, 14)) == (14, 14)
     assert guess_grid(48, like=(9, 12)) == (6, 8)
     assert guess_grid(98, like=(32, 64)) == (7, 14)
+    assert guess_grid(64, like=(5, 5)) == (8, 8)
+    with pytest.raises(ValueError, match=r"made for 64 tokens, which is 4×16 and 8×8 alike: name the grid"):
+        guess_grid(64, like=(8, 32))
     with pytest.raises(ValueError, match=r"made for 12 tokens, .* square .* 8×8: name the grid .*grid=\(rows, col"):
         guess_grid(12, like=(8, 8))

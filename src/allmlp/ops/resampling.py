@@ -86,21 +86,25 @@ def guess_grid(tokens: int, like: Grid) -> Grid:
     """The grid of `tokens` tokens: a square, or of the proportions of `like`.
 
     Raises:
-        ValueError: if it is neither; the message asks for the grid.
+        ValueError: if it is neither, or may be either; the message asks for the grid.
     """
-    side = math.isqrt(tokens)
-    if side * side == tokens:
-        return side, side
     divisor = math.gcd(*like)
-    rows, columns = (size // divisor for size in like)
-    scale = math.isqrt(tokens // (rows * columns))
-    if scale * scale * rows * columns == tokens:
-        return scale * rows, scale * columns
+    fitting = {grid for unit in ((1, 1), tuple(size // divisor for size in like)) if (grid := _scaled(unit, tokens))}
+    if len(fitting) == 1:
+        return fitting.pop()
+    may_be = " and ".join(map(format_grid, sorted(fitting)))
     raise ValueError(
-        f"the weights were made for {tokens} tokens, which is neither a square nor of the proportions of "
-        f"{format_grid(like)}: name the grid they were trained on, "
+        f"the weights were made for {tokens} tokens, which is "
+        + (f"{may_be} alike" if fitting else f"neither a square nor of the proportions of {format_grid(like)}")
+        + ": name the grid they were trained on, "
         "allmlp.vision.resolution.resample_state_dict(weights, model, grid=(rows, columns))"
     )
+
+
+def _scaled(unit: Grid, tokens: int) -> Grid | None:
+    """The multiple of a grid that has so many tokens."""
+    scale = math.isqrt(tokens // math.prod(unit))
+    return tuple(scale * size for size in unit) if scale * scale * math.prod(unit) == tokens else None
 
 
 def format_grid(grid: Sequence[int]) -> str:

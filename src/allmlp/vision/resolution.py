@@ -19,11 +19,12 @@ def resample_state_dict(state_dict: dict[str, Any], model: Any, grid: Grid | Non
         state_dict: weights of such a model.
         model: the `VisionMLP` they are for.
         grid: (rows, columns) of the patches they were trained on. Where it is None and the weights tell no more than a
-            number of tokens: the model's own grid if it has as many, else a square, else a grid of the model's
+            number of tokens: the model's own grid if it has as many, else a square or a grid of the model's
             proportions.
 
     Raises:
-        ValueError: if the number of tokens is none of these (the message asks for the grid), or not that of `grid`.
+        ValueError: if the number of tokens fits none of these, or the last two alike (the message asks for the grid),
+            or is not that of `grid`.
     """
     # Not dict(): torch hangs on what it gives the versions that layers were saved by.
     resampled = copy.copy(state_dict)
