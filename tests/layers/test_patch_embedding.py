@@ -1,5 +1,6 @@
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -62,8 +63,30 @@ def test_embedding_names_the_sizes_that_fit() -> None:
         PatchEmbedding((225, 30), (16, 16), 3, 8, fixed_size=True)
     with pytest.raises(ValueError, match=r"nearest sizes are 16×16$"):
         PatchEmbedding((3, 5), (16, 16), 3, 8, fixed_size=True)
-    with pytest.raises(ValueError, match="sizes must be positive, got image 0×8 and patch 4×4"):
-        PatchEmbedding((0, 8), (4, 4), 3, 8, fixed_size=True)
+
+
+@pytest.mark.parametrize("size", [0, -4, 4.0, "48", (4, 4, 3), (0, 8), True, np.array([4, 4])], ids=repr)
+@pytest.mark.parametrize("argument", ["img_size", "patch_size", "kernel_size"])
+@pytest.mark.parametrize("fixed_size", [True, False])
+@pytest.mark.usefixtures("unchecked")
+def test_what_is_no_size_is_refused_and_changes_nothing(argument, size, fixed_size) -> None:
+    name = argument.replace("kernel_size", "patch_kernel")
+    allowed = rf"{name} must be a number of pixels from 1 on, or \(height, width\), got "
+    with pytest.raises(ValueError, match=allowed):
+        PatchEmbedding(
+            **{"img_size": 8, "patch_size": 4, argument: size}, in_chans=3, channels=5, fixed_size=fixed_size
+        )
+    layer = PatchEmbedding(8, 4, 3, 5, fixed_size=fixed_size)
+    with pytest.raises(ValueError, match=allowed):
+        layer.set_input_size(**{argument: size})
+    assert layer(torch.randn(1, 3, 8, 8)).shape == (1, 2, 2, 5)
+
+
+def test_sizes_may_be_numbers_of_numpy() -> None:
+    layer = PatchEmbedding(8, 4, 3, 5, fixed_size=True)
+    layer.set_input_size((np.int64(8), np.int32(16)))
+    assert layer.img_size == (8, 16)
+    assert type(layer.img_size[0]) is int
 
 
 def test_fixed_embedding_refuses_another_size() -> None:

@@ -154,6 +154,13 @@ def test_what_no_model_can_be_made_of_is_refused(name, argument, value, allowed)
         timm.create_model(name, **{argument: value})
 
 
+def test_a_size_too_small_for_the_last_stage_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"8×8 pixels is too small .* at least 16×16"):
+        timm.create_model("asmlp_tiny_patch4_224", img_size=8)
+    first = timm.create_model("asmlp_tiny_patch4_224", img_size=8, features_only=True, out_indices=(0,))
+    assert first(torch.randn(1, 3, 8, 8))[0].shape == (1, 96, 2, 2)
+
+
 def test_sizes_may_be_numbers_of_numpy() -> None:
     model = timm.create_model("gmlp_nano_patch4_32", img_size=np.int64(16), patch_size=[np.int32(8), 4])
     assert model.stem.grid_size == (2, 4)

@@ -9,6 +9,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import weight_norm
 
 from allmlp.vision.resolution import resample_state_dict
 from tests.tolerances import assert_close
@@ -275,6 +277,41 @@ def test_an_image_without_pixels_is_refused(name) -> None:
 @pytest.mark.parametrize("size", [-4, 0, 2])
 def test_sizes_that_no_model_takes_are_refused_where_any_size_is(size: int) -> None:
     model = timm.create_model("asmlp_nano_patch2_32")
-    with pytest.raises(ValueError, match="too small for this model's last stage"):
+    with pytest.raises(ValueError, match=r"too small for this model's last stage|must be a number of pixels from 1 on"):
         model.set_input_size(size)
     assert model.pretrained_cfg["input_size"] == (3, 32, 32)
+
+
+COMPUTED = {
+    "gmlp_nano_patch4_32": ("blocks.0.sgu", "", "weight"),
+    "mixer_nano_patch4_32": ("blocks.0.mlp_tokens", "fc1", "fc1.weight"),
+    "resmlp_nano_patch4_32": ("blocks.0", "linear_tokens", "linear_tokens.weight"),
+    "vip_nano_patch4_32": ("blocks.0.attn", "mlp_h", "mlp_h.weight"),
+}
+
+
+@pytest.mark.parametrize("reparametrised", [lambda layer: prune.random_unstructured(layer, "weight", 0.5), weight_norm])
+@pytest.mark.parametrize("name", COMPUTED)
+def test_weights_computed_from_others_load_and_stay_at_their_size(name, reparametrised) -> None:
+    """Pruned and normalised ones, whose own parameters have other names."""
+    bound, part, weight = COMPUTED[name]
+    source, model = random_model(name), random_model(name)
+    for each in (source, model):
+        reparametrised(each.get_submodule(f"{bound}.{part}".rstrip(".")))
+    model.load_state_dict(source.state_dict())
+    before = dict(model.named_parameters())
+    message = rf"{bound} cannot be brought to another grid: its {weight} cannot be replaced, being computed from other"
+    with pytest.raises(ValueError, match=message):
+        model.set_input_size(48)
+    assert all(parameter is before[key] for key, parameter in model.named_parameters())
+    images = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(model(images), source(images), rtol=0, atol=0)
+    model.set_input_size(32)
+
+
+def test_the_grid_of_vip_is_told_by_maps_that_are_not_halved() -> None:
+    """Without the first block's weights nothing tells it."""
+    source = random_model("vip_nano_patch4_32", downsample_after=(1,))
+    model = shallow_model("vip_nano_patch4_32", downsample_after=(1,), img_size=48)
+    state = {key: value for key, value in source.state_dict().items() if not key.startswith("blocks.0.")}
+    assert_same(resample_state_dict(state, model), state)

@@ -1,6 +1,8 @@
 """Images to maps of patch embeddings, and maps to coarser maps."""
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from timm.layers import PatchEmbed, resample_patch_embed
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from allmlp.errors import shown
 from allmlp.layers.recomputing import is_watched, mapped
 from allmlp.ops.products import multiplies_in_float32, multiply
 
@@ -54,8 +57,8 @@ class PatchEmbedding(PatchEmbed):
         kernel_size: int | tuple[int, int] | None = None,
         fixed_size: bool,
     ) -> None:
-        image, patch = None if img_size is None else pair(img_size), pair(patch_size)
-        kernel = patch if kernel_size is None else pair(kernel_size)
+        image, patch = None if img_size is None else pair(img_size, "img_size"), pair(patch_size, "patch_size")
+        kernel = patch if kernel_size is None else pair(kernel_size, "patch_kernel")
         if fixed_size:
             if image is None:
                 raise ValueError("img_size is needed: this model mixes a fixed number of tokens")
@@ -74,6 +77,21 @@ class PatchEmbedding(PatchEmbed):
         if norm_layer is not None:
             self.norm = norm_layer(channels)
 
+    def grid_at(
+        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
+    ) -> tuple[int, int] | None:
+        """(rows, columns) of the patches of another image size or patch size; None where images of any size are taken.
+
+        Raises:
+            ValueError: for a size no patch grid fits.
+        """
+        if self.img_size is None:
+            return None
+        image = self.img_size if img_size is None else pair(img_size, "img_size")
+        patch = self.patch_size if patch_size is None else pair(patch_size, "patch_size")
+        check_patches_tile(image, patch)
+        return image[0] // patch[0], image[1] // patch[1]
+
     def set_input_size(
         self,
         img_size: int | tuple[int, int] | None = None,
@@ -88,26 +106,24 @@ class PatchEmbedding(PatchEmbed):
             ValueError: as for the constructor.
         """
         former = self.proj
-        patch = self.patch_size if patch_size is None else pair(patch_size)
+        patch = self.patch_size if patch_size is None else pair(patch_size, "patch_size")
         kernel = patch if patch_size is not None else (former.kernel_size[0], former.kernel_size[1])
-        kernel = kernel if kernel_size is None else pair(kernel_size)
+        kernel = kernel if kernel_size is None else pair(kernel_size, "patch_kernel")
         _check_kernel(kernel, patch)
-        if self.img_size is not None:
-            image = pair(self.img_size if img_size is None else img_size)
-            check_patches_tile(image, patch)
-            self.img_size, self.grid_size = image, (image[0] // patch[0], image[1] // patch[1])
-            self.num_patches = self.grid_size[0] * self.grid_size[1]
+        if grid := self.grid_at(img_size, patch_size):
+            self.grid_size, self.num_patches = grid, grid[0] * grid[1]
+            self.img_size = (grid[0] * patch[0], grid[1] * patch[1])
         elif img_size is not None:
-            _check_not_too_small(pair(img_size), [side * self.further_stride for side in patch])
+            _check_not_too_small(pair(img_size, "img_size"), [side * self.further_stride for side in patch])
         if kernel != former.kernel_size:
             weight = resample_patch_embed(former.weight.detach(), list(kernel))
             former.weight = nn.Parameter(weight, requires_grad=former.weight.requires_grad)
         former.kernel_size, former.stride, self.patch_size = kernel, patch, patch
 
     def forward(self, x: Float[Tensor, "batch chans height width"]) -> Float[Tensor, "batch rows columns channels"]:
-        if self.img_size is not None and x.shape[-2:] != pair(self.img_size):
+        if self.img_size is not None and x.shape[-2:] != self.img_size:
             raise ValueError(
-                f"the image is {_size(x.shape[-2:])} pixels, this model was built for {_size(pair(self.img_size))}; "
+                f"the image is {_size(x.shape[-2:])} pixels, this model was built for {_size(self.img_size)}; "
                 "build it with img_size=(height, width), or give it to set_input_size"
             )
         if self.img_size is None:
@@ -183,8 +199,8 @@ def _pad_to_patches(
 ) -> Float[Tensor, "batch channels padded_height padded_width"]:
     """Zeros below and on the right, up to whole patches."""
     height, width = x.shape[2:]
-    # Written for graphs of free sizes: without a question whether it pads, whose answer would hold for some of them, nor
-    # a negative division, where ONNX rounds up and Python down.
+    # Written for graphs of free sizes: without a question whether it pads, whose answer would hold for some sizes, and
+    # without a negative division, where ONNX rounds up and Python down.
     below = (height + patch_size[0] - 1) // patch_size[0] * patch_size[0] - height
     right = (width + patch_size[1] - 1) // patch_size[1] * patch_size[1] - width
     whole = below + right == 0
@@ -195,8 +211,6 @@ def _pad_to_patches(
 
 def check_patches_tile(img_size: Sequence[int], patch_size: Sequence[int]) -> None:
     """Raise ValueError unless whole patches tile the image; the message names the nearest sizes that do."""
-    if min(img_size) < 1 or min(patch_size) < 1:
-        raise ValueError(f"sizes must be positive, got image {_size(img_size)} and patch {_size(patch_size)}")
     if all(size % patch == 0 for size, patch in zip(img_size, patch_size, strict=True)):
         return
     below = tuple(max(size // patch, 1) * patch for size, patch in zip(img_size, patch_size, strict=True))
@@ -218,8 +232,6 @@ def _check_not_too_small(img_size: Sequence[int], stride: Sequence[int]) -> None
 
 
 def _check_kernel(kernel_size: Sequence[int], patch_size: Sequence[int]) -> None:
-    if min(patch_size) < 1:
-        raise ValueError(f"the patch size must be positive, got {_size(patch_size)}")
     if any(kernel < patch for kernel, patch in zip(kernel_size, patch_size, strict=True)):
         raise ValueError(
             f"a kernel of {_size(kernel_size)} pixels leaves pixels unseen between patches of {_size(patch_size)}; "
@@ -227,9 +239,21 @@ def _check_kernel(kernel_size: Sequence[int], patch_size: Sequence[int]) -> None
         )
 
 
-def pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    """(height, width) of a size given as one number or as both."""
-    return (size[0], size[1]) if isinstance(size, Sequence) else (size, size)
+def pair(size: Any, name: str) -> tuple[int, int]:
+    """(height, width) of a size in pixels given as one number or as both.
+
+    Raises:
+        ValueError: for anything else; the message calls it `name`.
+    """
+    sides = size if isinstance(size, Sequence) else (size, size)
+    if len(sides) != 2 or not all(is_whole(side, 1) for side in sides):
+        raise ValueError(f"{name} must be a number of pixels from 1 on, or (height, width), got {shown(size)}")
+    return int(sides[0]), int(sides[1])
+
+
+def is_whole(value: Any, least: int) -> bool:
+    """Whether a value is a whole number, Python's or numpy's, from `least` on."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
 def _size(size: Sequence[int]) -> str:

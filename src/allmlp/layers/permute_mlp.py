@@ -31,6 +31,8 @@ class PermuteMLP(GridBound):
         ValueError: if `segments` does not divide `channels`, or the input's map is not `grid_size`.
     """
 
+    grid_parameters = ("mlp_h.weight", "mlp_w.weight")
+
     def __init__(self, channels: int, grid_size: tuple[int, int], segments: int) -> None:
         super().__init__()
         if channels % segments:

@@ -1,6 +1,7 @@
 """Layers with weights tied to the positions of a token grid."""
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -8,21 +9,42 @@ from allmlp.ops.resampling import Grid
 
 
 class GridBound(nn.Module):
-    """A layer, some of whose parameters belong to positions of a grid (rows, columns) of tokens, in row-major order."""
+    """A layer, some of whose parameters belong to positions of a grid (rows, columns) of tokens, in row-major order.
+
+    Attributes:
+        grid_parameters: their names in the layer.
+    """
+
+    grid_parameters: ClassVar[tuple[str, ...]]
 
     def trained_grid(self, own: Mapping[str, Tensor]) -> Grid:
-        """(rows, columns) that parameters of this layer, by their names in it, were made for, or (tokens,) if that is
+        """(rows, columns) that the layer's `grid_parameters`, by their names, were made for, or (tokens,) if that is
         all that their shapes tell.
         """
         raise NotImplementedError
 
     def resampled(self, own: Mapping[str, Tensor], grid: Grid, new_grid: Grid) -> dict[str, Tensor]:
-        """Those of its parameters `own` that belong to positions, brought from `grid` to `new_grid`."""
+        """The `grid_parameters`, by their names, brought from `grid` to `new_grid`."""
         raise NotImplementedError
+
+    def own_grid_parameters(self, layer: str = "this layer") -> dict[str, Tensor]:
+        """The `grid_parameters`, by their names.
+
+        Raises:
+            ValueError: for one that is computed from others; the message calls the layer `layer`.
+        """
+        own = dict(self.named_parameters())
+        if computed := [name for name in self.grid_parameters if name not in own]:
+            raise ValueError(
+                f"{layer} cannot be brought to another grid: its {' and '.join(computed)} cannot be replaced, being "
+                "computed from other parameters (by pruning, weight norm, an adapter or quantisation); take that off "
+                "first, and put it on again afterwards"
+            )
+        return {name: own[name] for name in self.grid_parameters}
 
     def set_grid_size(self, grid: Grid, new_grid: Grid) -> None:
         """Bring the layer from `grid` to `new_grid`, with new parameters in place of those that change."""
-        own = dict(self.named_parameters())
+        own = self.own_grid_parameters()
         for name, value in self.resampled(own, grid, new_grid).items():
             if value is not own[name]:
                 parent, _, attribute = name.rpartition(".")

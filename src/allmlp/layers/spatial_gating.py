@@ -120,6 +120,8 @@ class SpatialGatingUnit(GridBound):
         ValueError: if `channels` cannot be split, `heads` does not divide the gate's channels, or a size is below one.
     """
 
+    grid_parameters = ("weight", "bias")
+
     def __init__(
         self,
         channels: int,

@@ -23,6 +23,8 @@ class TokenMixingMLP(GridBound):
         act_layer: makes the activation, a function of single numbers.
     """
 
+    grid_parameters = ("fc1.weight", "fc2.weight", "fc2.bias")
+
     def __init__(
         self, tokens: int, hidden: int, drop: float = 0.0, act_layer: Callable[[], nn.Module] = nn.GELU
     ) -> None:

@@ -111,20 +111,23 @@ class VisionMLP(nn.Module):
                 a kernel enlarged as much shows the blocks what they know.
 
         Raises:
-            ValueError: for a size no patch grid fits, naming the nearest that do; for a kernel smaller than the patch.
+            ValueError: for a size no patch grid fits, naming the nearest that do; for a kernel smaller than the patch;
+                for a layer whose weights are computed from others. The model is then as it was.
         """
         patch, grid = max(self.stem.patch_size), self.stem.grid_size
+        new_grid = self.stem.grid_at(img_size, patch_size)
+        bound = list(grid_bound_layers(self.blocks, grid, new_grid)) if new_grid and new_grid != grid else []
+        for name, layer, _, _ in bound:
+            layer.own_grid_parameters(name)
         self.stem.set_input_size(img_size, patch_size, patch_kernel)
-        new_grid = self.stem.grid_size
-        if new_grid != grid:
-            for _, layer, old, new in grid_bound_layers(self.blocks, grid, new_grid):
-                layer.set_grid_size(old, new)
+        for _, layer, old, new in bound:
+            layer.set_grid_size(old, new)
         for info in self.feature_info:
             info["reduction"] = info["reduction"] // patch * max(self.stem.patch_size)
         # What prepares images for the model reads their size in timm's configuration.
         cfg = getattr(self, "pretrained_cfg", None)
         if cfg and img_size is not None:
-            cfg["input_size"] = (cfg["input_size"][0], *pair(img_size))
+            cfg["input_size"] = (cfg["input_size"][0], *pair(img_size, "img_size"))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """torch's step for this module, wherever it stands in what is loaded: `resample_state_dict` comes first.

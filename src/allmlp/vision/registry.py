@@ -3,11 +3,10 @@
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, get_type_hints
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_module
 
 from allmlp.errors import shown
@@ -23,6 +22,7 @@ from allmlp.layers import (
     TokenLinear,
     WeightedPermuteMLP,
 )
+from allmlp.layers.patch_embedding import is_whole, pair
 from allmlp.vision.base import VisionMLP
 from allmlp.vision.features import LEVELS, NormalisedFeatureNet, SimpleFeaturePyramidNet
 
@@ -95,8 +95,7 @@ def _entry_point(
     def entry_point(pretrained: bool = False, **kwargs: Any) -> VisionMLP:
         _check_arguments(model_class, kwargs)
         if kwargs.get("img_size") is not None:
-            # timm knows none of numpy's numbers
-            kwargs["img_size"] = tuple(map(int, to_2tuple(kwargs["img_size"])))
+            kwargs["img_size"] = pair(kwargs["img_size"], "img_size")
             # What prepares images for the model reads their size here.
             overlay = {
                 "input_size": (3, *kwargs["img_size"]),
@@ -104,7 +103,11 @@ def _entry_point(
             }
             kwargs["pretrained_cfg_overlay"] = overlay
         features = _features(levels, kwargs)
-        return build_model_with_cfg(model_class, name, pretrained, feature_cfg=features, **{**variant, **kwargs})
+        model = build_model_with_cfg(model_class, name, pretrained, feature_cfg=features, **{**variant, **kwargs})
+        if kwargs.get("img_size") is not None:
+            # Only a finished model knows by how much it divides an image, and which is too small.
+            next(m for m in model.modules() if isinstance(m, PatchEmbedding)).set_input_size(kwargs["img_size"])
+        return model
 
     entry_point.__name__ = entry_point.__qualname__ = name
     entry_point.__module__ = model_class.__module__
@@ -127,16 +130,13 @@ def _allowed(name: str, hint: Any, value: Any) -> str | None:
     """What an argument may be, where the value is not that."""
     if hint is int:
         least = 0 if name in ("num_classes", "attention_size") else 1
-        return None if _is_whole(value, least) else f"a whole number from {least} on"
+        return None if is_whole(value, least) else f"a whole number from {least} on"
     if hint is float:
         if name.endswith("_rate"):
             return None if _is_number(value) and 0 <= value <= 1 else "a number from 0 to 1"
         return None if _is_number(value) and value >= 0 else "a number from 0 on"
     if hint == tuple[int, ...]:
         return None if _are_whole(value, 0) else "whole numbers, such as (2, 2, 6, 2)"
-    if hint == int | tuple[int, int] or (hint == int | tuple[int, int] | None and value is not None):
-        fits = _is_whole(value, 1) or (_are_whole(value, 1) and len(value) == 2)
-        return None if fits else "a number of pixels from 1 on, or (height, width)"
     return None
 
 
@@ -144,12 +144,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _is_whole(value: Any, least: int) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
-
-
 def _are_whole(value: Any, least: int) -> bool:
-    return isinstance(value, Sequence) and all(_is_whole(number, least) for number in value)
+    return isinstance(value, Sequence) and all(is_whole(number, least) for number in value)
 
 
 def _features(levels: int | tuple[int, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

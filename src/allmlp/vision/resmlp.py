@@ -37,6 +37,8 @@ class ResMLPBlock(GridBound):
         drop_path: stochastic depth rate.
     """
 
+    grid_parameters = ("linear_tokens.weight", "linear_tokens.bias")
+
     def __init__(
         self,
         channels: int,

@@ -34,12 +34,17 @@ def resample_state_dict(state_dict: dict[str, Any], model: Any, grid: Grid | Non
     new_grid = model.stem.grid_size
     if new_grid is None:
         return resampled
-    layers = {name: layer for name, layer, _, _ in grid_bound_layers(model.blocks, new_grid, new_grid)}
-    # Keys that are missing are told by whoever loads the weights.
-    own = {name: found for name, layer in layers.items() if (found := _own_parameters(name, layer, state_dict))}
-    if grid is None and own:
-        first = next(iter(own))
-        grid = _trained_grid(layers[first].trained_grid(own[first]), new_grid)
+    # What is missing, or computed from other parameters, is left to whoever loads the weights.
+    own: dict[str, dict[str, Tensor]] = {}
+    told: list[Grid] = []
+    for name, layer, _, at in grid_bound_layers(model.blocks, new_grid, new_grid):
+        keys = {key: f"{name}.{key}" for key in layer.grid_parameters}
+        if all(key in state_dict for key in keys.values()):
+            own[name] = {key: state_dict[full] for key, full in keys.items()}
+            if at == new_grid:
+                told.append(layer.trained_grid(own[name]))
+    if grid is None and told:
+        grid = _trained_grid(told[0], new_grid)
     for name, layer, old, new in grid_bound_layers(model.blocks, grid or new_grid, new_grid):
         if name in own and old != new:
             changed = layer.resampled(own[name], old, new)
@@ -61,14 +66,6 @@ def grid_bound_layers(blocks: nn.Sequential, grid: Grid, new_grid: Grid) -> Iter
         for name, layer in block.named_modules(prefix=f"blocks.{index}"):
             if isinstance(layer, GridBound):
                 yield name, layer, grid, new_grid
-
-
-def _own_parameters(name: str, layer: GridBound, state_dict: dict[str, Any]) -> dict[str, Tensor]:
-    """A layer's parameters in a state dict; nothing where one is missing."""
-    keys = {key: f"{name}.{key}" for key, _ in layer.named_parameters()}
-    if not all(key in state_dict for key in keys.values()):
-        return {}
-    return {own: state_dict[key] for own, key in keys.items()}
 
 
 def _trained_grid(known: Grid, new_grid: Grid) -> Grid:
