@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from allmlp.files import atomic_path, write_json
+from allmlp.files import atomic_path, check_writable, write_json
 
 
 def test_files_appear_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -17,3 +17,18 @@ def test_files_appear_whole_or_not_at_all(tmp_path: Path) -> None:
         raise RuntimeError
     assert json.loads(target.read_text()) == {"a": 1}
     assert [path.name for path in target.parent.iterdir()] == ["metrics.json"]
+
+
+def test_a_path_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    """By the name it was given by, where a directory is in its way and where its disk is full."""
+    folder, file = tmp_path / "folder", tmp_path / "file.json"
+    folder.mkdir()
+    for refused in (check_writable, lambda path: write_json(path, {})):
+        with pytest.raises(IsADirectoryError, match=r"/folder'$"):
+            refused(folder)
+    with pytest.raises(OSError, match=r"/file.json'$"), atomic_path(file) as temporary:
+        raise OSError(28, "No space left on device", str(temporary))
+    write_json(file, {"a": 1})
+    check_writable(file)
+    assert json.loads(file.read_text()) == {"a": 1}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file.json", "folder"]

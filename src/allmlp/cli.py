@@ -472,6 +472,7 @@ def _benchmark(options: argparse.Namespace) -> None:
         settings,
         write_results,
     )
+    from allmlp.files import check_writable
     from allmlp.tables import table
 
     if options.threads is not None:
@@ -487,16 +488,22 @@ def _benchmark(options: argparse.Namespace) -> None:
     )
     for setting in wanted:
         check(setting)
+    if options.output:
+        check_writable(options.output)
     skipped: dict[str, None] = {}
     results: list[Result] = []
-    for setting in wanted:
-        results += measure(setting, peer_paths=paths, rounds=options.rounds, skipped=skipped.setdefault)
-        if options.output:
-            write_results(Path(options.output), results, machine())
-    for reason in skipped:
-        print(f"left out: {reason}", file=sys.stderr)
-    answer = {"machine": machine(), "results": [result.as_dict() for result in results]}
-    _answer(options, answer, lambda: table(result_table(results), right=(2, 3, 5, 6)))
+    try:
+        for setting in wanted:
+            results += measure(setting, peer_paths=paths, rounds=options.rounds, skipped=skipped.setdefault)
+            if options.output:
+                write_results(Path(options.output), results, machine())
+    finally:
+        # Whatever stops it, what has been measured is shown.
+        for reason in skipped:
+            print(f"left out: {reason}", file=sys.stderr)
+        if results:
+            answer = {"machine": machine(), "results": [result.as_dict() for result in results]}
+            _answer(options, answer, lambda: table(result_table(results), right=(2, 3, 5, 6)))
 
 
 def _folder(text: str) -> str:

@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, whatever happens while they are written."""
 
 import contextlib
+import errno
 import json
 import os
 import tempfile
@@ -14,14 +15,35 @@ UNFINISHED = ".unfinished"
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path` that becomes `path` when the block ends well, and vanishes when it does not."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=UNFINISHED) as folder:
-        temporary = Path(folder) / path.name
+    """A temporary path beside `path` that becomes `path` when the block ends well, and vanishes when it does not.
+
+    Raises:
+        OSError: if nothing can be written there; it names `path`.
+    """
+    with _unfinished(Path(path)) as temporary:
         yield temporary
         to_disk(temporary)
         os.replace(temporary, path)
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise the OSError that writing a file at `path` would end in, and leave what is there alone; parents are made."""
+    with _unfinished(Path(path)):
+        if Path(path).is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+
+
+@contextlib.contextmanager
+def _unfinished(path: Path) -> Iterator[Path]:
+    """A path beside `path` that vanishes when the block ends; errors about it speak of `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=UNFINISHED) as folder:
+            yield Path(folder) / path.name
+    except OSError as error:
+        if UNFINISHED not in str(error.filename):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -224,3 +224,29 @@ def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
         main(["benchmark", NANO, "--batch-size", "many"])
     assert "must be a whole number from 1 on, got 'many'" in capsys.readouterr().err
+
+
+def test_results_are_not_lost_with_their_file(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A path that cannot be written is said before anything is measured; a disk that fills up costs the file alone."""
+    from allmlp.cli import main
+
+    measured: list[Setting] = []
+
+    def measure(setting: Setting, **_: object) -> list[Result]:
+        measured.append(setting)
+        return [Result(setting=setting, contender=OURS, milliseconds=1.0, ratio=1.0)]
+
+    def full(path: Path, *_: object) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("allmlp.benchmark.measure", measure)
+    assert main(["benchmark", NANO, "--output", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.strip() == f"allmlp: Is a directory: {tmp_path}"
+    assert not measured
+    monkeypatch.setattr("allmlp.benchmark.write_results", full)
+    assert main(["benchmark", NANO, "--output", str(tmp_path / "r.json")]) == 1
+    out, err = capsys.readouterr()
+    assert NANO in out
+    assert err.strip() == f"allmlp: No space left on device: {tmp_path / 'r.json'}"
