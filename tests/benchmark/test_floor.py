@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import allmlp  # noqa: F401
@@ -28,6 +29,23 @@ def test_multiply_adds_are_those_torch_counts(name: str, training: bool) -> None
         step()
     products = record_products(step)
     assert sum(product.macs for product in products) == pytest.approx(counter.get_total_flops() / 2, rel=1e-9)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+def test_fused_attention_is_its_products(training: bool) -> None:
+    q, k, v = (torch.randn(2, 3, tokens, 8, requires_grad=training) for tokens in (5, 7, 7))
+
+    def step() -> None:
+        out = F.scaled_dot_product_attention(q, k, v)
+        if training:
+            out.sum().backward()
+
+    with torch.set_grad_enabled(training):
+        products = record_products(step)
+    assert [product.macs for product in products] == [2 * 3 * 5 * 7 * 8] * (7 if training else 2)
+    with FlopCounterMode(display=False) as counter:
+        replay(products)()
+    assert counter.get_total_flops() / 2 == sum(product.macs for product in products)
 
 
 def test_convolution_is_the_product_of_its_unfolded_input() -> None:

@@ -33,6 +33,11 @@ class Factor:
         return cls(shape=tuple(x.shape), stride=x.stride(), dtype=x.dtype, device=x.device)
 
     @classmethod
+    def batched(cls, batch: int, rows: int, columns: int, like: Tensor) -> "Factor":
+        stride = (rows * columns, columns, 1)
+        return cls(shape=(batch, rows, columns), stride=stride, dtype=like.dtype, device=like.device)
+
+    @classmethod
     def contiguous(cls, rows: int, columns: int, like: Tensor, *, transposed: bool = False) -> "Factor":
         stride = (1, rows) if transposed else (columns, 1)
         return cls(shape=(rows, columns), stride=stride, dtype=like.dtype, device=like.device)
@@ -58,6 +63,8 @@ class Product:
 
 def record_products(step: Callable[[], object]) -> list[Product]:
     """Run a function and list every matrix product in it, a convolution as the product of its unfolded input.
+
+    Fused attention counts as its products: two forward; five backward, which computes the scores again.
 
     Gradients must be off by `torch.no_grad()` or on, not off by `torch.inference_mode()`, which hides the products
     inside composite operators.
@@ -106,7 +113,20 @@ class _Recorder(TorchDispatchMode):
             self._convolution(args[1], out)
         elif func is aten.convolution_backward.default:
             self._convolution_backward(args[0], args[2], args[10])
+        elif func.name().startswith("aten::_scaled_dot_product"):
+            # What the backward operators are given begins with the output's gradient.
+            backward = "backward" in func.name()
+            self._attention(*args[backward : 3 + backward], backward=backward)
         return out
+
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor, *, backward: bool) -> None:
+        heads, (new, size), (read, out) = prod(q.shape[:-2]), q.shape[-2:], v.shape[-2:]
+        scores = (new, size, read)
+        values = (new, read, out)
+        gradients = [(new, out, read), (read, new, out), (new, read, size), (read, new, size)]
+        for rows, inner, columns in [scores, *gradients] if backward else [scores, values]:
+            left, right = (Factor.batched(heads, *shape, q) for shape in ((rows, inner), (inner, columns)))
+            self.products.append(Product(left=left, right=right))
 
     def _convolution(self, weight: Tensor, out: Tensor) -> None:
         pixels, taps = out.numel() // out.shape[1], weight[0].numel()
