@@ -72,6 +72,7 @@ def test_every_level_has_a_norm_of_its_own(name) -> None:
     maps = whole.forward_intermediates(images, (0, 1), output_fmt="NHWC", intermediates_only=True)
     for norm, y, expected in zip(model.norms, model(images), maps, strict=True):
         assert type(norm) is type(whole.norm)
+        assert getattr(norm, "eps", None) == getattr(whole.norm, "eps", None)
         torch.testing.assert_close(y, norm(expected).permute(0, 3, 1, 2), rtol=0, atol=0)
     sum(level.square().mean() for level in model(images)).backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
@@ -93,5 +94,7 @@ def test_bad_arguments() -> None:
         timm.create_model("gmlp_nano_patch4_32", features_only=True, pyramid_channels=-1)
     with pytest.raises(ValueError, match="pyramid_channels: one of them at a time, and with features_only=True"):
         timm.create_model("gmlp_nano_patch4_32", pyramid_channels=64)
+    with pytest.raises(ValueError, match="norms like the model's final one on its maps; this model has none"):
+        timm.create_model("gmlp_nano_patch4_32", final_norm=False, features_only=True, feature_norms=True)
     with pytest.raises(ValueError, match="feature_norms and pyramid_channels: one of them at a time"):
         timm.create_model("gmlp_nano_patch4_32", features_only=True, feature_norms=True, pyramid_channels=64)

@@ -1,5 +1,7 @@
 """What `features_only=True` can put on a model's maps, behind timm's interface: norms, or a simple feature pyramid."""
 
+from functools import partial
+
 from jaxtyping import Float
 from timm.models._features import FeatureGetterNet, FeatureInfo, feature_take_indices
 from torch import Tensor, nn
@@ -13,18 +15,27 @@ LEVELS = 4
 class NormalisedFeatureNet(FeatureGetterNet):
     """A model's maps, each behind a norm of its own, as in AS-MLP's detection and segmentation backbones.
 
-    The norms are of the kind of the model's final norm.
+    The norms are of the kind of the model's final norm, and have its epsilon.
 
     Args:
         model: the backbone, of which the body is kept.
         out_indices: the levels wanted, the last n for a number.
         output_fmt: `"NCHW"`, the layout of the maps.
+
+    Raises:
+        ValueError: if the model has no final norm.
     """
 
     model: VisionMLP
 
     def __init__(self, model: VisionMLP, out_indices: int | tuple[int, ...], output_fmt: str = "NCHW") -> None:
-        norm_layer = type(model.norm)
+        if isinstance(model.norm, nn.Identity):
+            raise ValueError(
+                "feature_norms=True puts norms like the model's final one on its maps; this model has none"
+            )
+        # An Affine has no epsilon.
+        epsilon = {"eps": model.norm.eps} if hasattr(model.norm, "eps") else {}
+        norm_layer = partial(type(model.norm), **epsilon)
         super().__init__(model, out_indices=out_indices, output_fmt=output_fmt)
         self.norms = nn.ModuleList(norm_layer(channels) for channels in self.feature_info.channels())
 
