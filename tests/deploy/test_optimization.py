@@ -202,10 +202,14 @@ def test_maps_of_several_sizes_come_as_the_model_gives_them() -> None:
         assert (y - reference).abs().max() < 1e-4 * reference.abs().max()
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_other_inputs_are_refused(image: torch.Tensor) -> None:
     form = allmlp.optimize(_model(), image, engine="eager")
     with pytest.raises(ValueError, match="made for inputs like float32 2 × 3 × 32 × 32 on cpu, got float32 1 × 3"):
         form(image[:1])
+    for other, kind in ((image.numpy(), "ndarray"), ("image", "str"), ([1.0], "list")):
+        with pytest.raises(TypeError, match=f"this form takes tensors, got {kind}"):
+            form(other)
     with pytest.raises(TypeError, match="takes 1 inputs without names, got 2"):
         form(image, image)
 

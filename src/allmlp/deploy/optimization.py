@@ -67,7 +67,7 @@ class OptimizedModel(nn.Module):
         """The network's output, made and typed as the network's own.
 
         Raises:
-            TypeError: for other inputs than the example's: more, fewer, or by other names.
+            TypeError: for other inputs than the example's: more, fewer, by other names, or no tensors.
             ValueError: for an input of another shape, dtype or device than the example's.
         """
         if self._names:
@@ -78,6 +78,8 @@ class OptimizedModel(nn.Module):
         elif named or len(inputs) != len(self._kinds):
             got = [str(len(inputs)), *named]
             raise TypeError(f"this form takes {len(self._kinds)} inputs without names, got {', '.join(got)}")
+        if others := [type(x).__name__ for x in inputs if not isinstance(x, Tensor)]:
+            raise TypeError(f"this form takes tensors, got {', '.join(others)}")
         kinds = tuple(map(_kind, inputs))
         if kinds != self._kinds:
             made_for, got = ("; ".join(map(_described, each)) for each in (self._kinds, kinds))
