@@ -165,6 +165,14 @@ def test_what_holds_itself_is_looked_at_once() -> None:
     assert unwrap(contents).tensors == WEIGHTS
 
 
-def test_names_without_end_take_no_time() -> None:
+def test_names_and_dictionaries_without_end_take_no_time() -> None:
     with pytest.raises(UserError, match="No known project"):
-        unwrap({"a." * 10**6: torch.zeros(2)})
+        unwrap({"a." * 10**5: torch.zeros(2)})
+    nested: dict[str, Any] = {"a": {}}
+    for _ in range(10**4):
+        nested = {"a": nested}
+    with pytest.raises(UserError, match="no weights"):
+        unwrap(nested)
+    # taken apart level by level, since Python's own way recurses
+    while nested:
+        nested = nested["a"]

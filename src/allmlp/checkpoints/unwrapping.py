@@ -32,7 +32,7 @@ _USUAL = (
     "params",
     "weights",
 )
-# Modules lie in modules; longer names are made up.
+# Dictionaries lie in dictionaries, modules in modules; deeper ones are made up.
 _DEEPEST = 8
 
 
@@ -138,12 +138,11 @@ def check_weights(tensors: Mapping[str, Tensor]) -> None:
 
 
 def _state_dicts(contents: Mapping[str, Any]) -> Iterator[tuple[tuple[Any, ...], Tensors]]:
-    """Every dictionary in the file, each once, by the keys that lead to it: the tensors in it that may be weights."""
+    """The tensors that may be weights of every dictionary in the file, each once, by the keys that lead to it."""
     left: list[tuple[tuple[Any, ...], Mapping[Any, Any]]] = [((), contents)]
     seen: set[int] = set()
-    while left:
-        keys, mapping = left.pop(0)
-        if id(mapping) in seen:
+    for keys, mapping in left:
+        if id(mapping) in seen or len(keys) > _DEEPEST:
             continue
         seen.add(id(mapping))
         left += [((*keys, key), value) for key, value in mapping.items() if isinstance(value, Mapping)]
@@ -154,7 +153,8 @@ def _state_dicts(contents: Mapping[str, Any]) -> Iterator[tuple[tuple[Any, ...],
                 if plain in tensors:
                     raise UserError(f"The weight '{plain}' is there twice, by the names of different wrapping modules.")
                 tensors[plain] = value
-        yield keys, tensors
+        if tensors:
+            yield keys, tensors
 
 
 def _may_be_weight(value: Any) -> bool:
