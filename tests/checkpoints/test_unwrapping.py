@@ -84,6 +84,12 @@ def test_of_several_by_unusual_names_none_is_taken() -> None:
         unwrap({"student": WEIGHTS, "teacher": AVERAGE})
 
 
+def test_tensors_by_number_are_no_weights() -> None:
+    found = unwrap({"model": {**WEIGHTS, 0: torch.ones(2)}})
+    assert found.tensors == WEIGHTS
+    assert found.notes == ("Left aside: 0.",)
+
+
 def test_bare_weights_are_taken_as_they_are() -> None:
     found = unwrap(WEIGHTS)
     assert found.tensors == WEIGHTS
@@ -121,6 +127,8 @@ def test_a_part_of_a_larger_model_is_taken_and_the_rest_is_said() -> None:
         "The part 'state_dict.model' is taken, without 'criterion', 'acc'.",
         "Left aside: 'epoch'.",
     )
+    found = unwrap({**prefixed("module.backbone."), "module.neck.conv.weight": torch.ones(3), "scale": torch.ones(1)})
+    assert found.notes == ("The part 'module.backbone' is taken, without 'module.neck', 'scale'.",)
 
 
 def test_the_counter_of_an_averaged_model_is_no_weight() -> None:

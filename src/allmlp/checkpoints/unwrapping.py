@@ -64,7 +64,7 @@ class _Found:
 
     @property
     def place(self) -> tuple[str, ...]:
-        return (*map(str, self.keys), *re.split(r"[./]", self.prefix)[:-1])
+        return (*map(str, self.keys), *_modules(self.prefix))
 
     @property
     def name(self) -> str:
@@ -111,8 +111,8 @@ def unwrap(contents: Mapping[str, Any], layouts: Sequence[Layout]) -> Unwrapped:
     if others:
         kind = "averaged weights" if best.averaged else "weights"
         notes.append(f"The {kind} under {best.name} are taken, not {', '.join(each.name for each in others)}.")
-    elsewhere = {name for each in others for name in each.place}
-    without = [name for name in around if name not in elsewhere]
+    elsewhere = {str(key) for each in others for key in each.keys}
+    without = [name for name in around if name not in {".".join(_modules(each.prefix)) for each in others}]
     if without:
         notes.append(f"The part {best.name} is taken, without {_named(without)}.")
     rest = [name for name in beside if name not in elsewhere]
@@ -148,7 +148,7 @@ def _state_dicts(contents: Mapping[str, Any]) -> Iterator[tuple[tuple[Any, ...],
         left += [((*keys, key), value) for key, value in mapping.items() if isinstance(value, Mapping)]
         tensors: Tensors = {}
         for name, value in mapping.items():
-            if isinstance(name, str) and _may_be_weight(value):
+            if _may_be_weight(name, value):
                 plain = _WRAPPERS.sub("", name)
                 if plain in tensors:
                     raise UserError(f"The weight '{plain}' is there twice, by the names of different wrapping modules.")
@@ -157,9 +157,9 @@ def _state_dicts(contents: Mapping[str, Any]) -> Iterator[tuple[tuple[Any, ...],
             yield keys, tensors
 
 
-def _may_be_weight(value: Any) -> bool:
+def _may_be_weight(name: Any, value: Any) -> bool:
     # single numbers are counters and the like
-    return isinstance(value, Tensor) and value.dim() > 0
+    return isinstance(name, str) and isinstance(value, Tensor) and value.dim() > 0
 
 
 def _parts(tensors: Tensors, layouts: Sequence[Layout]) -> Iterator[tuple[str, Layout, Tensors]]:
@@ -187,11 +187,17 @@ def _around(contents: Mapping[str, Any], found: _Found) -> tuple[dict[str, Any],
         contents = contents[key]
     modules: dict[str, None] = {}
     for name, value in contents.items():
-        if not _may_be_weight(value):
+        if not _may_be_weight(name, value):
             beside[name] = value
         elif not _WRAPPERS.sub("", name).startswith(found.prefix):
-            modules[re.split(r"[./]", _WRAPPERS.sub("", name))[0]] = None
+            inside = _modules(_WRAPPERS.sub("", name)) or [name]
+            modules[".".join(inside[: len(_modules(found.prefix))])] = None
     return beside, list(modules)
+
+
+def _modules(name: str) -> list[str]:
+    """The modules, from the outermost on, that a weight's name says it lies in."""
+    return re.split(r"[./]", name)[:-1]
 
 
 def _named(names: Any, most: int = 12) -> str:
