@@ -23,6 +23,7 @@ from allmlp.checkpoints.training_checkpoints import (
     AVERAGED,
     STATE,
     checkpoint_path,
+    checkpoints_in,
     last_checkpoint,
     publish_checkpoint,
     require_readable,
@@ -360,7 +361,9 @@ def refuse_output(output: Path, recipe: Recipe, *, resume: bool, overwrite: bool
     data = Path(recipe.data).expanduser() if recipe.data else None
     if data is not None and data.is_dir() and output.resolve().is_relative_to(data.resolve()):
         raise UserError(f"{output} lies in the data, {data}, and would become part of it: choose another --output.")
-    if run_directory.former_run(output) and not (resume or is_restarted() or overwrite):
+    # a recipe alone is what a training leaves that ended before its first checkpoint: nothing is lost with it
+    former = [*checkpoints_in(output), *output.glob(run_directory.CONFIG)]
+    if former and not (resume or is_restarted() or overwrite):
         raise UserError(
             f"{output} holds a run already. Choose another --output, go on with it (--resume), "
             "or replace it (--overwrite)."
