@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 import allmlp
-from allmlp import training
+from allmlp import cli, training
 from allmlp.cli import main
 from allmlp.errors import Diverged, Interrupted, TrainingError
+from allmlp.training import evaluation
 from tests.checkpoints import originals
 from tests.pictures import picture, write_classes
 
@@ -368,3 +369,22 @@ def test_what_ends_a_training_is_told_once(
     monkeypatch.setenv("RANK", "1")
     assert main(command) == code
     assert capsys.readouterr().err == (f"allmlp: {error}\n" if type(error) is TrainingError else "")
+
+
+def test_flags_win_over_a_recipe_and_a_recipe_over_the_runs_own(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("data: digits\nmodel: gmlp_nano_patch4_32\nlr: 0.1\nseed: 7\n")
+    (tmp_path / "other.yaml").write_text("lr: 0.2\nepochs: 3\n")
+    given = ["train", "--output", str(tmp_path), "--resume", "--recipe", str(tmp_path / "other.yaml"), "--epochs", "4"]
+    recipe = cli._recipe(cli._parser().parse_args(given))
+    assert (recipe.seed, recipe.lr, recipe.epochs) == (7, 0.2, 4)
+
+
+def test_options_of_evaluate_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, object] = {}
+    monkeypatch.setattr(cli, "_reads_text", lambda options: False)
+    monkeypatch.setattr(evaluation, "accuracy_text", lambda found: "")
+    monkeypatch.setattr(evaluation, "evaluate", lambda run, data, **given: asked.update(given) or {})
+    flags = "--img-size 8 --patch-kernel 4 --batch-size 2 --strict --image-column a --label-column b"
+    assert main(["evaluate", "run", "data", *flags.split()]) == 0
+    sizes = {"img_size": 8, "patch_kernel": 4, "batch_size": 2}
+    assert asked == {**sizes, "strict": True, "image_column": "a", "label_column": "b"}

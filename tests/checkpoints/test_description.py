@@ -1,6 +1,7 @@
 """Run directories as strangers send them: configurations that would load other things, or claim more than there is."""
 
 import json
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from torch import nn
 
 import allmlp
 from allmlp.checkpoints import run_directory
@@ -194,3 +196,12 @@ def test_weights_are_counted_while_they_are_made() -> None:
     with pytest.raises(UserError, match="more than 3 weights"), at_most(3):
         torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
     torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(9)))
+
+
+def test_what_other_threads_make_is_not_counted() -> None:
+    made = []
+    with at_most(1):
+        thread = threading.Thread(target=lambda: made.append(nn.Sequential(*(nn.Linear(2, 2) for _ in range(4)))))
+        thread.start()
+        thread.join()
+    assert made

@@ -9,10 +9,13 @@ import pytest
 import timm
 import torch
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+from transformers.utils import logging
 
 import allmlp
 from allmlp.checkpoints import run_directory
 from allmlp.checkpoints.training_checkpoints import unfinished_checkpoint
+from allmlp.data.labelled_texts import LabelledTexts, TextBatches
+from allmlp.data.tokenization import make_tokenizer
 from allmlp.errors import UserError
 from allmlp.files import UNFINISHED
 from allmlp.language import GMLPForCausalLM
@@ -205,3 +208,29 @@ def test_weights_in_several_files_are_loaded(kind: str, tmp_path: Path) -> None:
     next(tmp_path.glob("model-*.safetensors")).unlink()
     with pytest.raises(UserError, match=r"cannot be (read|loaded)"):
         allmlp.load(tmp_path)
+
+
+def test_a_tokenizer_is_saved_without_the_padding_of_its_last_call(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer("bytes", [])
+    TextBatches(LabelledTexts(texts=["abcdef", "x"], labels=np.array([0, 1])), tokenizer, 4).__getitems__([0, 1])
+    run_directory.save_language(tmp_path, GMLPForCausalLM(tiny_config(vocab_size=258)), tokenizer)
+    saved = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert (saved["truncation"], saved["padding"]) == (None, None)
+
+
+def test_classes_in_another_order_are_other_classes(tmp_path: Path) -> None:
+    def wrapped(classes: list[str]) -> Any:
+        model = timm.create_model("gmlp_nano_patch4_32", num_classes=3, **ARGUMENTS)
+        return run_directory.classifier(model, "gmlp_nano_patch4_32", ARGUMENTS, classes)
+
+    run_directory.save_classifier(wrapped(CLASSES), tmp_path)
+    run_directory.require_same_model(tmp_path, wrapped(CLASSES))
+    with pytest.raises(UserError, match=r"classes of .* are cat, dog, wolf; those of the data are wolf, dog, cat"):
+        run_directory.require_same_model(tmp_path, wrapped(CLASSES[::-1]))
+
+
+def test_progress_bars_are_as_they_were_behind_loading(tmp_path: Path) -> None:
+    run_directory.save_language(tmp_path, GMLPForCausalLM(tiny_config()))
+    logging.enable_progress_bar()
+    allmlp.load(tmp_path)
+    assert logging.is_progress_bar_enabled()

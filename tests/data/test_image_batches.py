@@ -146,3 +146,18 @@ def test_strong_augmentation_survives_every_image() -> None:
 def test_an_unknown_policy_is_refused() -> None:
     with pytest.raises(UserError, match="auto_augment is 'nonsense'"):
         training_transform(CFG, auto_augment="nonsense")
+
+
+def test_a_padded_crop_shifts_each_side_by_an_eighth_of_it() -> None:
+    (shift,) = [
+        step
+        for step in training_transform({**CFG, "input_size": (3, 8, 32)}, crop="padded").transforms
+        if type(step).__name__ == "RandomCrop"
+    ]
+    assert (shift.size, shift.padding) == ((8, 32), (4, 1))
+
+
+def test_settings_of_the_augmentation_arrive() -> None:
+    steps = {type(step).__name__: step for step in training_transform(CFG, crop_scale=0.4, hflip=0.125).transforms}
+    assert steps["RandomHorizontalFlip"].p == 0.125
+    assert steps["RandomResizedCropAndInterpolation"].scale == (0.4, 1.0)

@@ -10,6 +10,8 @@ from typing import Any
 
 import fsspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -208,3 +210,44 @@ def test_training_streams_and_validation_does_not(tmp_path: Path) -> None:
     data = load_images(str(tmp_path / "tables"), streaming=True)
     assert (len(data.train), len(data.validation)) == (8, 4)
     assert len(load_images(str(tmp_path / "tables")).train.labels) == 8
+
+
+def test_each_epoch_and_seed_shuffles_a_shard_anew(tmp_path: Path) -> None:
+    write_tars(tmp_path, (20,))
+    stream = _stream(tmp_path)
+    first = _names(_epoch(stream))
+    assert _names(_epoch(_stream(tmp_path, seed=1))) != first
+    stream.set_epoch(1)
+    assert _names(_epoch(stream)) != first
+
+
+def test_broken_images_of_streamed_validation_are_left_out_or_refused(tmp_path: Path) -> None:
+    write_tars(tmp_path, (6,))
+    with tarfile.open(tmp_path / "val-0000.tar", "w") as archive:
+        for number, image in enumerate((picture(0), b"broken", picture(2))):
+            for ending, content in (("png", image), ("cls", str(number).encode())):
+                member = tarfile.TarInfo(f"{number:06}.{ending}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    assert len(load_images(str(tmp_path)).validation) == 2
+    with pytest.raises(UserError, match="cannot be read as an image"):
+        load_images(str(tmp_path), strict=True)
+
+
+def test_streamed_validation_may_lack_classes(tmp_path: Path) -> None:
+    image = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    schema = pa.schema({"image": image, "label": pa.string()})
+    for split, letters in (("train", "abcabc"), ("val", "cb")):
+        rows = [{"image": {"bytes": picture(i), "path": None}, "label": letter} for i, letter in enumerate(letters)]
+        pq.write_table(pa.Table.from_pylist(rows, schema), tmp_path / f"{split}-0.parquet")
+    data = load_images(str(tmp_path), streaming=True)
+    assert [data.classes[label] for label in data.validation.labels] == ["c", "b"]
+
+
+def test_equal_names_in_two_folders_of_a_tar_file_are_two_rows(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "t.tar", "w") as archive:
+        for folder in "ab":
+            member = tarfile.TarInfo(f"{folder}/0.cls")
+            member.size = 1
+            archive.addfile(member, io.BytesIO(b"1"))
+    assert len(list(Shards(files=(str(tmp_path / "t.tar"),), sizes=(2,)).rows(range(2)))) == 2

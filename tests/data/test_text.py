@@ -122,3 +122,11 @@ def test_a_validation_split_of_its_own_is_used(tmp_path) -> None:
     data = load_text(str(tmp_path), tokenizer_name="characters")
     assert data.tokenizer.decode(data.train.ids.tolist(), skip_special_tokens=True) == "abcde"
     assert data.tokenizer.decode(data.validation.ids.tolist(), skip_special_tokens=True) == "f"
+
+
+def test_each_epoch_masks_other_tokens() -> None:
+    tokens = Tokens(ids=np.arange(400) % 200, characters=400, bytes=400)
+    windows = TokenWindows(tokens, 64, masking=Masking(share=0.3, mask_token=257, vocabulary=258), seed=0)
+    first = windows.__getitems__([0, 1])["labels"] == IGNORED
+    windows.set_epoch(1)
+    assert not torch.equal(windows.__getitems__([0, 1])["labels"] == IGNORED, first)

@@ -191,3 +191,16 @@ def test_a_single_document_cannot_be_held_out(tmp_path) -> None:
     write_text(tmp_path / "1.txt", "one")
     with pytest.raises(UserError, match="has a single document: none can be held out"):
         find_texts(str(tmp_path))["train"].cut(0.1)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.2, 0.3, 0.35, 0.4, 0.5])
+def test_characters_of_several_bytes_are_held_out_whole(tmp_path, share) -> None:
+    text = "é" * 10 + "ab"
+    parts = find_texts(write_text(tmp_path / "a.txt", text))["train"].cut(share)
+    assert "".join(piece for part in parts for piece in part) == text
+
+
+def test_a_text_that_ends_inside_a_character_is_refused(tmp_path) -> None:
+    (tmp_path / "a.txt").write_bytes("words é".encode()[:-1])
+    with pytest.raises(UserError, match="is not UTF-8: byte 6"):
+        list(find_texts(str(tmp_path / "a.txt"))["train"])

@@ -83,3 +83,22 @@ def test_what_cannot_stream_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "val-0.parquet")
     with pytest.raises(UserError, match="1 documents for 2 processes"):
         list(_stream(tmp_path, processes=2))
+
+
+def test_each_process_masks_its_own_tokens(tmp_path: Path) -> None:
+    _write(tmp_path)
+    masking = Masking(share=0.3, mask_token=257, vocabulary=258)
+    one, other = (next(iter(_stream(tmp_path, masking=masking, process=rank, processes=2))) for rank in (0, 1))
+    assert not torch.equal(one["labels"] == IGNORED, other["labels"] == IGNORED)
+
+
+def test_each_epoch_takes_the_shards_in_another_order(tmp_path: Path) -> None:
+    stream = _stream(_write(tmp_path), buffer=1)
+    assert len({"".join(text[0] for text in stream.documents(0, 1, epoch)) for epoch in range(4)}) > 1
+
+
+def test_each_epoch_shuffles_a_shard_anew(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        pq.write_table(pa.table({"text": list("abcdefghijklmnopqrst")}), tmp_path / f"{split}-0.parquet")
+    stream = _stream(tmp_path, buffer=8)
+    assert list(stream.documents(0, 1, 0)) != list(stream.documents(0, 1, 1))

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from allmlp.data.text_sources import find_texts
 from allmlp.data.tokenization import BYTES, CHARACTERS, END, encode, fitting_tokenizer, load_tokenizer, make_tokenizer
@@ -103,3 +104,12 @@ def test_what_is_no_tokenizer_is_refused(tmp_path) -> None:
     for name in (tmp_path / "broken.json", tmp_path):
         with pytest.raises(UserError, match="is no tokenizer: neither bytes nor characters, nor a file"):
             load_tokenizer(name)
+
+
+def test_a_vocabulary_may_be_larger_than_sixteen_bits(tmp_path) -> None:
+    words = {f"w{number}": number for number in range(2**16 + 10)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    path = write_text(tmp_path / "a.txt", "w1 w65540")
+    tokens = encode(find_texts(path)["train"], PreTrainedTokenizerFast(tokenizer_object=backend))
+    assert tokens.ids.tolist() == [1, 65540]

@@ -337,3 +337,22 @@ def test_a_form_says_why_it_cannot_be_saved(image: torch.Tensor, tmp_path: Path)
 def test_models_that_do_not_go_with_the_example(change, message: str, image: torch.Tensor) -> None:
     with pytest.raises(UserError, match=message):
         allmlp.optimize(change(_model()), image)
+
+
+def test_a_form_that_gives_no_numbers_is_not_taken(image: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(model: nn.Module, examples: object, dtype: torch.dtype) -> object:
+        return lambda x: [torch.full_like(output, torch.nan) for output in engines.eager(model, examples, dtype)(x)]
+
+    monkeypatch.setattr("allmlp.deploy.optimization.ENGINES", {"broken": broken, "eager": engines.eager})
+    form = allmlp.optimize(nn.Sequential(nn.Flatten(), nn.Linear(image[0].numel(), 3)), image)
+    assert form.engine == "eager"
+    assert form.candidates[0].reason
+
+
+def test_a_form_keeps_its_precision_under_autocast(image: torch.Tensor) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(image[0].numel(), 3))
+    form = allmlp.optimize(model, image, engine="eager")
+    with torch.no_grad():
+        expected = model(image)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(form(image), expected, rtol=1e-6, atol=1e-6)

@@ -349,3 +349,22 @@ def test_fused_operators_change_nothing(options) -> None:
     ids = tokens(2, CONTEXT - 1)
     kernels = {"token_statistics", "gated_product", "gated_product_backward_read", "gated_product_backward_weight"}
     assert_fused_matches(model, lambda: model(ids, use_cache=False).logits, kernels)
+
+
+def test_blocks_survive_by_the_probability_that_is_given() -> None:
+    layers = tiny_model(GMLPForCausalLM, survival_probability=0.9).model.layers
+    assert [block.drop_path.drop_prob for block in layers] == pytest.approx([0.1] * len(layers))
+
+
+def test_dropout_stands_behind_the_embedding_and_in_front_of_heads() -> None:
+    model = tiny_model(GMLPForMaskedLM, hidden_dropout=0.5).train()
+    embedded = model(tokens(50, 5), output_hidden_states=True).hidden_states[0]
+    assert 0.4 < (embedded == 0).float().mean() < 0.6
+    classifier = tiny_model(GMLPForSequenceClassification, hidden_dropout=0.5).train()
+    classifier.model.eval()
+    assert classifier(tokens(1, 5).expand(8, -1)).logits.std(0).max() > 1e-3
+
+
+def test_a_text_of_padding_alone_has_a_class_too() -> None:
+    mask = torch.tensor([[1, 1, 1], [0, 0, 0]])
+    assert tiny_model(GMLPForSequenceClassification)(tokens(2, 3), attention_mask=mask).logits.isfinite().all()

@@ -47,3 +47,10 @@ def test_hooks_see_what_operators_could_take_over(watched) -> None:
     torch.testing.assert_close(layer(x), expected)
     ((given, output),) = seen
     torch.testing.assert_close(getattr(layer, watched)(given), output)
+
+
+def test_a_norm_that_is_watched_is_called() -> None:
+    layer, seen = AxialShift(6, 3), []
+    layer.norm2.register_forward_hook(lambda *_: seen.append(1))
+    layer(torch.randn(1, 4, 4, 6))
+    assert seen == [1]

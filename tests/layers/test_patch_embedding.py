@@ -140,3 +140,15 @@ def test_one_graph_pads_every_size(layer, shape) -> None:
         torch.testing.assert_close(compiled(x), layer(x))
     torch.compile(layer, backend=backend, fullgraph=True, dynamic=False)(torch.randn(shape(32, 28)))
     assert [any("pad" in target for target in graph) for graph in graphs] == [True, False]
+
+
+@pytest.mark.parametrize("kernel_size", [(8, 4), (4, 8)])
+def test_a_kernel_larger_along_one_side_gives_as_many_patches(kernel_size: tuple[int, int]) -> None:
+    layer = PatchEmbedding((16, 24), 4, 3, 8, kernel_size=kernel_size, fixed_size=True)
+    assert layer(torch.randn(1, 3, 16, 24)).shape == (1, 4, 6, 8)
+
+
+def test_a_frozen_embedding_stays_frozen_at_another_patch_size() -> None:
+    layer = PatchEmbedding(16, 4, 3, 8, fixed_size=True).requires_grad_(False)
+    layer.set_input_size(32, patch_size=8)
+    assert not layer.proj.weight.requires_grad

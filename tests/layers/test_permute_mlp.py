@@ -76,3 +76,10 @@ def test_hooks_see_what_operators_could_take_over(watched) -> None:
     torch.testing.assert_close(layer(x), expected)
     ((given, output),) = seen
     torch.testing.assert_close(getattr(layer, watched)(given), output)
+
+
+def test_another_grid_is_told_by_the_linear_maps() -> None:
+    layer = PermuteMLP(8, (4, 4), 4)
+    layer.set_grid_size((4, 4), (6, 2))
+    for linear_map in (layer.mlp_h, layer.mlp_w):
+        assert (linear_map.out_features, linear_map.in_features) == linear_map.weight.shape

@@ -313,3 +313,21 @@ def test_one_row_without_a_batch() -> None:
     layer.zero_grad()
     layer(x[None]).square().sum().backward()
     torch.testing.assert_close(got, layer.fc2.weight.grad)
+
+
+def test_hooks_on_gradients_are_called() -> None:
+    mlp, seen = ChannelMLP(4, 8), []
+    mlp.fc2.register_full_backward_pre_hook(lambda module, grad: seen.append(module))
+    mlp(torch.randn(2, 4)).sum().backward()
+    assert seen == [mlp.fc2]
+
+
+def test_hooks_of_all_modules_are_called() -> None:
+    mlp, seen = ChannelMLP(4, 8).eval(), []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        with torch.no_grad():
+            mlp(torch.randn(2, 4))
+    finally:
+        handle.remove()
+    assert {mlp.fc1, mlp.act, mlp.fc2} <= set(seen)

@@ -284,3 +284,13 @@ def test_attention_with_a_weight_for_each_of_a_vmap(grad: bool) -> None:
 
     with torch.set_grad_enabled(grad):
         torch.testing.assert_close(torch.func.vmap(of)(weights), torch.stack([of(weight) for weight in weights]))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("options", [{}, {"attention_size": 4, "attention_channels": 6}])
+def test_a_norm_that_is_watched_is_called(options: dict, grad: bool) -> None:
+    unit, seen = SpatialGatingUnit(8, 5, **options), []
+    unit.norm.register_forward_hook(lambda *_: seen.append(1))
+    with torch.set_grad_enabled(grad):
+        unit(torch.randn(2, 5, 8), torch.randn(2, 5, 6) if options else None)
+    assert seen == [1]

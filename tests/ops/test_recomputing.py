@@ -98,3 +98,17 @@ def test_function_transforms_and_meta_tensors_take_the_plain_form(across: str) -
     assert_close(per_sample, expected)
     meta = recomputing_linear(across, F.gelu, (x.to("meta"),), weight.to("meta"), bias.to("meta"))
     assert meta.shape == out.shape
+
+
+def test_what_is_computed_again_is_computed_under_the_same_autocast() -> None:
+    seen = []
+
+    def prologue(x: Tensor) -> Tensor:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return x.tanh()
+
+    x, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = recomputing_linear("channels", prologue, (x,), weight, None)
+    y.float().sum().backward()
+    assert seen == [True, True]

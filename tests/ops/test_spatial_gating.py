@@ -6,7 +6,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 from allmlp.ops import normalized_spatial_gating_reference, spatial_gating, spatial_gating_reference, toeplitz_product
-from allmlp.ops.spatial_gating import normalized_projection, spatial_projection
+from allmlp.ops.spatial_gating import apply_gate, normalized_projection, spatial_projection
 from tests.tolerances import assert_close
 
 
@@ -164,3 +164,9 @@ def test_transformed_or_without_memory_it_is_plain() -> None:
     (expected,) = torch.autograd.grad(projected(*given).square().sum(), given[0])
     assert_close(per_sample, expected)
     assert projected(*(x.to("meta") for x in given)).shape == (2, 5, 6)
+
+
+def test_a_gate_of_lower_precision_gives_no_lower_result() -> None:
+    u, gate = torch.randn(1, 2, 3), torch.randn(1, 2, 3).bfloat16()
+    with torch.no_grad():
+        assert torch.equal(apply_gate(u, gate), u * gate.float())

@@ -154,3 +154,16 @@ def test_a_model_that_cannot_be_traced_still_trains(tmp_path: Path, caplog: pyte
     board.on_train_end(arguments, state, _control())
     assert "TensorBoard gets no graph: cannot be traced" in caplog.text
     assert model.training
+
+
+def test_the_average_follows_closely_at_first() -> None:
+    model = nn.Linear(2, 1)
+    averaged = AveragedWeights(decay=0.999)
+    averaged.on_train_begin(None, _state(), _control(), model=model)
+    with torch.no_grad():
+        model.weight.add_(1)
+    averaged.on_step_end(None, _state(global_step=8), _control(), model=model)
+    live = model.weight.detach().clone()
+    with averaged.swapped(model):
+        # a decay of 1 − 8^(−2/3)
+        torch.testing.assert_close(model.weight, live - 0.75)

@@ -1,6 +1,7 @@
 """The Trainer from a recipe."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from allmlp.errors import UserError
 from allmlp.training import engine
 from allmlp.training.engine import chosen_precision, prepare_output, training_arguments
 from allmlp.training.recipe import VisionRecipe, read_settings
+from tests.training.tiny import tiny_recipe
 
 NO_MODEL = torch.nn.Identity()
 
@@ -106,3 +108,27 @@ def test_what_trains_no_step_is_no_recipe(tmp_path: Path, length: dict[str, floa
         recipe = VisionRecipe(data="digits", lr=lr, **length)
         prepare_output(tmp_path, recipe, NO_MODEL, resume=True, overwrite=False)
     assert read_settings(tmp_path / "recipe.yaml")["lr"] == 0.25
+
+
+def test_the_best_checkpoint_has_the_least_loss_or_the_highest_accuracy(tmp_path: Path) -> None:
+    for best, greater in (("loss", False), ("accuracy", True)):
+        arguments = training_arguments(VisionRecipe(), tmp_path, best=best)
+        assert (arguments.metric_for_best_model, arguments.greater_is_better) == (best, greater)
+
+
+def test_the_rate_at_the_end_reaches_the_schedule(tmp_path: Path) -> None:
+    assert training_arguments(VisionRecipe(min_lr=1e-5), tmp_path).lr_scheduler_kwargs == {"min_lr": 1e-5}
+
+
+def test_the_recipe_reaches_the_optimiser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = {}
+
+    class AdamW(torch.optim.AdamW):
+        def __init__(self, parameters: Any, **given: Any) -> None:
+            made.update(given)
+            super().__init__(parameters, **given)
+
+    monkeypatch.setattr(torch.optim, "AdamW", AdamW)
+    chosen = {"beta1": 0.8, "beta2": 0.95, "adam_eps": 1e-6, "weight_decay": 0.3}
+    training.train(tiny_recipe(tmp_path, epochs=1, **chosen), tmp_path / "run")
+    assert (made["betas"], made["eps"], made["weight_decay"]) == ((0.8, 0.95), 1e-6, 0.3)

@@ -5,12 +5,14 @@ import shutil
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import timm
 import torch
 
 from allmlp.checkpoints import run_directory
 from allmlp.checkpoints.conversion import convert_checkpoint, write_run_directory
+from allmlp.data.labelled_images import LabelledImages
 from allmlp.errors import UserError
 from allmlp.training import evaluation, vision
 from allmlp.training.evaluation import accuracy_of, confusion, evaluate, predict
@@ -158,3 +160,20 @@ def test_a_run_of_another_task_is_refused(tmp_path: Path) -> None:
 def test_a_checkpoint_is_evaluated_with_its_runs_recipe(run: Path) -> None:
     found = evaluate(str(run / "checkpoint-18"))
     assert found["part"] == "held out"
+
+
+def test_a_run_is_measured_on_what_its_own_seed_held_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vision.train(tiny_recipe(tmp_path, seed=3, holdout=0.3, epochs=1), tmp_path / "run")
+    asked, load = {}, evaluation.load_images
+    monkeypatch.setattr(evaluation, "load_images", lambda data, **given: asked.update(given) or load(data, **given))
+    evaluate(str(tmp_path / "run"))
+    assert (asked["seed"], asked["holdout"]) == (3, 0.3)
+
+
+def test_broken_images_count_for_nothing() -> None:
+    model = timm.create_model("gmlp_nano_patch4_32", num_blocks=1, embed_dim=8)
+    good = np.zeros((8, 8, 3), np.uint8)
+    images = LabelledImages(sources=[good, "/no/such.png", good], labels=np.array([2, 1, 0]), names=["a", "b", "c"])
+    logits, labels = evaluation.logits_of(model, evaluation.evaluation_batches(images, model.pretrained_cfg))
+    assert labels.tolist() == [2, 0]
+    assert logits.shape == (2, 10)

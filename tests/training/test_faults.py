@@ -367,3 +367,13 @@ def test_a_damaged_checkpoint_is_named_file_by_file(tmp_path: Path) -> None:
             training.train(recipe, run, resume=True)
         path.write_bytes(whole)
     training.train(recipe, run, resume=True)
+
+
+def test_steps_that_are_skipped_now_and_then_end_nothing(tmp_path: Path) -> None:
+    watch = faults.Divergence(tmp_path, skip=True)
+    for number in range(faults.PATIENCE + 5):
+        for norm in (float("nan"), 1.0):
+            loss = torch.tensor(norm)
+            step = faults.Step(number=number, learning_rate=0.1, norm=loss, losses=[loss], names=[[]])
+            watch.steps.append(step)
+            assert watch.look() == (norm != 1.0)

@@ -17,12 +17,14 @@ from allmlp.checkpoints import run_directory
 from allmlp.data.tokenization import make_tokenizer
 from allmlp.errors import Interrupted, UserError
 from allmlp.language import GMLPForCausalLM, GMLPForMaskedLM, GMLPForSequenceClassification
+from allmlp.training import language_evaluation
 from allmlp.training.callbacks import Interruption
 from allmlp.training.language import build_model, parameter_groups, planned_config
 from allmlp.training.language_evaluation import evaluate, generate, predict
 from allmlp.training.language_report import evaluation_text
 from allmlp.training.recipe import RECIPES, Recipe, make_recipe
 from tests.data.texts import TEXT, labelled, write_table, write_text
+from tests.language.tiny import tiny_model
 
 SETTINGS: dict[str, Any] = {
     "model": "gmlp_nano",
@@ -328,3 +330,46 @@ def test_runs_that_do_not_fit_together_are_refused(written, tmp_path) -> None:
     (copy / "config.json").write_text(json.dumps({**config, "hidden_size": "wide"}))
     with pytest.raises(UserError, match="cannot be loaded"):
         allmlp.load(copy)
+
+
+def test_settings_of_drawing_arrive(written, monkeypatch) -> None:
+    asked, draw = {}, GMLPForCausalLM.generate
+
+    def generating(self: Any, *given: Any, **settings: Any) -> Any:
+        asked.update(settings)
+        return draw(self, *given, **settings)
+
+    monkeypatch.setattr(GMLPForCausalLM, "generate", generating)
+    generate(str(written[0]), ["line"], max_new_tokens=2, temperature=0.5, top_k=3, top_p=0.25)
+    assert (asked["temperature"], asked["top_k"], asked["top_p"]) == (0.5, 3, 0.25)
+
+
+def test_tokens_that_stand_for_no_text_are_not_written(tmp_path) -> None:
+    tokenizer = make_tokenizer("bytes", [])
+    model = tiny_model(GMLPForCausalLM, vocab_size=258, tie_word_embeddings=False, lm_head_bias=True)
+    with torch.no_grad():
+        model.lm_head.bias[tokenizer.mask_token_id] = 1e4
+    run_directory.save_language(tmp_path, model, tokenizer)
+    (found,) = generate(str(tmp_path), ["ab"], max_new_tokens=3, temperature=0)
+    assert found["text"]
+    assert "mask" not in found["text"]
+
+
+def test_texts_are_measured_on_what_the_runs_own_seed_held_out(tmp_path, monkeypatch) -> None:
+    data = write_table(tmp_path / "texts.csv", labelled())
+    model = tiny_model(GMLPForSequenceClassification, vocab_size=258, id2label={0: "animals", 1: "plants"})
+    run_directory.save_language(tmp_path / "run", model, make_tokenizer("bytes", []))
+    settings = {"task": "text-classification", "data": data, "model": "gmlp_nano", "seed": 3, "holdout": 0.3}
+    (tmp_path / "run" / "recipe.yaml").write_text(json.dumps(settings))
+    asked, load = {}, language_evaluation.load_labelled_texts
+    monkeypatch.setattr(
+        language_evaluation, "load_labelled_texts", lambda data, **given: asked.update(given) or load(data, **given)
+    )
+    evaluate(str(tmp_path / "run"))
+    assert (asked["seed"], asked["holdout"]) == (3, 0.3)
+
+
+def test_rates_reach_the_configuration() -> None:
+    settings = make_recipe({"model": "gmlp_nano", "survival": 0.8, "dropout": 0.2}, RECIPES["text-generation"])
+    config = planned_config(settings, None, make_tokenizer("bytes", []))
+    assert (config.survival_probability, config.hidden_dropout) == (0.8, 0.2)

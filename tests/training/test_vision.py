@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -269,3 +270,26 @@ def test_layer_decay_lowers_the_rates_of_lower_layers(tmp_path: Path) -> None:
     decay = {id(p): group["weight_decay"] for group in vision.parameter_groups(model, recipe) for p in group["params"]}
     assert decay[id(model.blocks[0].sgu.bias)] == 0
     assert decay[id(model.blocks[0].sgu.weight)] == recipe.weight_decay
+
+
+def test_other_classes_of_the_same_number_need_a_new_head() -> None:
+    def made(names: list[str]) -> Any:
+        model = timm.create_model("gmlp_nano_patch4_32", num_classes=2, num_blocks=1, embed_dim=8)
+        model.pretrained_cfg = {**model.pretrained_cfg, "label_names": names}
+        return model
+
+    model, weights = made(["crow", "dove"]), made(["cat", "dog"])
+    fresh = model.head.weight.detach().clone()
+    vision.start_from(model, weights, "there")
+    assert torch.equal(model.head.weight, fresh)
+    assert torch.equal(model.stem.proj.weight, weights.stem.proj.weight)
+
+
+def test_settings_of_crop_and_mixing_arrive(tmp_path: Path) -> None:
+    mixing = {"mixup": 0.3, "cutmix": 0.7, "mix_prob": 0.6, "mix_switch_prob": 0.2, "label_smoothing": 0.1}
+    recipe = tiny_recipe(tmp_path, crop_pct=0.5, **mixing)
+    model = vision.build_model(recipe, str(recipe.model), {**recipe.model_args, "img_size": 8}, ["a", "b"])
+    assert model.pretrained_cfg["crop_pct"] == 0.5
+    mix = vision.training_batches(recipe, load_images(str(recipe.data)), model.pretrained_cfg).mix
+    found = (mix.mixup_alpha, mix.cutmix_alpha, mix.mix_prob, mix.switch_prob, mix.label_smoothing)
+    assert found == tuple(mixing.values())

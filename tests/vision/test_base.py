@@ -429,3 +429,16 @@ def test_large_batches_run_in_slices(name, watch, monkeypatch) -> None:
             model.blocks[0].register_forward_hook(lambda *_: None)
         torch.testing.assert_close(model(images), expected)
     assert sizes[:3] == ([5] * 3 if watch else [2, 2, 1])
+
+
+def test_every_block_is_called_once_where_all_modules_are_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = timm.create_model("mixer_nano_patch4_32", num_blocks=1).eval(), []
+    monkeypatch.setattr("allmlp.vision.base.LARGEST_KEPT_BYTES", 1)
+    monkeypatch.setattr("allmlp.vision.base._SLICE_BYTES", 1)
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        with torch.no_grad():
+            model(torch.randn(3, 3, 32, 32))
+    finally:
+        handle.remove()
+    assert seen.count(model.blocks[0]) == 1

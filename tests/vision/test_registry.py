@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from timm.layers import DropPath
 from torch import nn
 
 from tests.vision.nano import NANO, ONE_SIZE
@@ -169,3 +170,13 @@ def test_sizes_may_be_numbers_of_numpy() -> None:
 def test_weights_that_do_not_exist_are_refused() -> None:
     with pytest.raises(RuntimeError, match="No pretrained weights exist for vip_nano_patch4_32"):
         timm.create_model("vip_nano_patch4_32", pretrained=True)
+
+
+@pytest.mark.parametrize("name", NANO)
+def test_rates_reach_every_block(name: str) -> None:
+    model = timm.create_model(name, proj_drop_rate=0.25, drop_path_rate=0.5)
+    paths = [module.drop_prob for module in model.blocks.modules() if isinstance(module, DropPath)]
+    assert paths == pytest.approx(np.linspace(0, 0.5, len(paths)).tolist())
+    blocks = [block for block in model.blocks if hasattr(block, "drop_path")]
+    drops = {module.p for block in blocks for module in block.modules() if isinstance(module, nn.Dropout)}
+    assert drops == {0.25}

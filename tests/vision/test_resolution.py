@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import weight_norm
 
+from allmlp.vision import VisionPermutator
 from allmlp.vision.resolution import resample_state_dict
 from tests.tolerances import assert_close
 from tests.vision.nano import ANY_SIZE, NANO, ONE_SIZE, shallow_model
@@ -315,3 +316,17 @@ def test_the_grid_of_vip_is_told_by_maps_that_are_not_halved() -> None:
     model = shallow_model("vip_nano_patch4_32", downsample_after=(1,), img_size=48)
     state = {key: value for key, value in source.state_dict().items() if not key.startswith("blocks.0.")}
     assert_same(resample_state_dict(state, model), state)
+
+
+def test_grey_images_stay_grey_at_another_size() -> None:
+    model = timm.create_model("mixer_nano_patch4_32", in_chans=1, num_blocks=1)
+    model.pretrained_cfg["input_size"] = (1, 32, 32)
+    model.set_input_size((40, 48))
+    assert model.pretrained_cfg["input_size"] == (1, 40, 48)
+
+
+def test_odd_maps_are_halved_upwards_at_another_size_too() -> None:
+    stages = {"depths": (1, 1), "embed_dims": (10, 12), "segments": (5, 3), "downsample_after": (1,)}
+    model = VisionPermutator(img_size=35, num_classes=2, **stages).eval()
+    model.set_input_size(49)
+    assert model(torch.randn(1, 3, 49, 49)).shape == (1, 2)
