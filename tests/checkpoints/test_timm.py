@@ -7,9 +7,10 @@ from timm.layers import GluMlp
 from timm.models.mlp_mixer import MlpMixer
 from torch import nn
 
+import allmlp
 from allmlp.checkpoints import export_state_dict
 from allmlp.checkpoints.architecture import VisionArchitecture
-from allmlp.checkpoints.conversion import LAYOUTS, convert_state_dict
+from allmlp.checkpoints.conversion import LAYOUTS, convert_state_dict, write_run_directory
 from allmlp.errors import UserError
 from allmlp.vision import GMLP, Mixer, ResMLP
 from tests.checkpoints import originals
@@ -156,3 +157,9 @@ class TestExport:
             export_state_dict(timm.create_model("s2mlp_nano_patch4_32"), "timm")
         with pytest.raises(UserError, match="no export to 'keras', only to timm"):
             export_state_dict(ResMLP(num_blocks=1), "keras")
+
+
+def test_grey_images_have_one_mean(tmp_path) -> None:
+    model = timm.create_model("gmlp_nano_patch4_32", num_classes=2, num_blocks=1, embed_dim=8, in_chans=1)
+    write_run_directory(convert_state_dict(export_state_dict(model, "timm")), tmp_path)
+    assert allmlp.load(tmp_path).pretrained_cfg["mean"] == [0.5]

@@ -137,6 +137,16 @@ def test_splits_are_told_from_names(tmp_path: Path) -> None:
         find_shards("memory://nothing")
 
 
+def test_a_word_for_training_wins(tmp_path: Path) -> None:
+    for name in ("train-dev-0", "val-0"):
+        (tmp_path / f"{name}.tar").touch()
+    found = find_shards(str(tmp_path))
+    assert [Path(file).name for split in ("train", "validation") for file in found[split]] == [
+        "train-dev-0.tar",
+        "val-0.tar",
+    ]
+
+
 def test_where_none_is_for_training_all_are(tmp_path: Path) -> None:
     for name in ("val-0", "test-0"):
         (tmp_path / f"{name}.tar").touch()

@@ -64,6 +64,7 @@ def test_text_from_the_command_line_and_yaml_becomes_the_fields_type(
         ({"ema": 1}, "ema is 1.0; it must be at least 0 and below 1"),
         ({"min_lr": 1e-4, "schedule": "linear"}, "min_lr is for the cosine; the schedule linear has no such end"),
         ({"min_lr": 0.5, "lr": 0.1}, "min_lr is 0.5; it must be at most lr, 0.1"),
+        ({"batch_size": True}, "batch_size is True; it must be a whole number"),
         ({"compile": "maybe"}, "compile is 'maybe'; it must be true or false"),
         ({"schedule": "cosin"}, "schedule is 'cosin'; it must be one of cosine, linear, constant"),
         ({"img_size": "8x8x8"}, "img_size is '8x8x8'; it must be a whole number or HEIGHTxWIDTH or nothing"),

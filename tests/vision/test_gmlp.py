@@ -96,3 +96,9 @@ def test_survival_follows_the_paper() -> None:
             blocks = timm.create_model(f"gmlp_{name}_patch16_224").blocks
         assert blocks[0].drop_path.drop_prob == 0
         assert 1 - blocks[-1].drop_path.drop_prob == pytest.approx(survival)
+
+
+def test_dropout_stands_inside_a_block_too() -> None:
+    block, x = GMLPBlock(8, 4, 16, drop=0.5).train(), torch.randn(2, 2, 2, 8)
+    block.drop2.p = 0.0
+    assert not torch.equal(block(x), block(x))

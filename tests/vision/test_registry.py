@@ -180,3 +180,11 @@ def test_rates_reach_every_block(name: str) -> None:
     blocks = [block for block in model.blocks if hasattr(block, "drop_path")]
     drops = {module.p for block in blocks for module in block.modules() if isinstance(module, nn.Dropout)}
     assert drops == {0.25}
+
+
+@pytest.mark.parametrize("name", [name for name in NANO if not name.startswith(("asmlp", "resmlp"))])
+def test_the_norms_epsilon_reaches_every_norm(name: str) -> None:
+    model = timm.create_model(name, norm_eps=0.125)
+    # the gate's norm has one of its own
+    norms = [m for key, m in model.named_modules() if isinstance(m, nn.LayerNorm) and not key.endswith("sgu.norm")]
+    assert {norm.eps for norm in norms} == {0.125}
