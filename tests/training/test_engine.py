@@ -1,7 +1,6 @@
 """The Trainer from a recipe."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -121,14 +120,15 @@ def test_the_rate_at_the_end_reaches_the_schedule(tmp_path: Path) -> None:
 
 
 def test_the_recipe_reaches_the_optimiser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = {}
+    class Seen(Exception):
+        pass
 
-    class AdamW(torch.optim.AdamW):
-        def __init__(self, parameters: Any, **given: Any) -> None:
-            made.update(given)
-            super().__init__(parameters, **given)
+    def adamw(parameters: object, **given: object) -> None:
+        raise Seen(given)
 
-    monkeypatch.setattr(torch.optim, "AdamW", AdamW)
-    chosen = {"beta1": 0.8, "beta2": 0.95, "adam_eps": 1e-6, "weight_decay": 0.3}
-    training.train(tiny_recipe(tmp_path, epochs=1, **chosen), tmp_path / "run")
-    assert (made["betas"], made["eps"], made["weight_decay"]) == ((0.8, 0.95), 1e-6, 0.3)
+    monkeypatch.setattr(torch.optim, "AdamW", adamw)
+    chosen = {"beta1": 0.8, "beta2": 0.95, "adam_eps": 1e-6, "weight_decay": 0.3, "lr": 0.5}
+    with pytest.raises(Seen) as seen:
+        training.train(tiny_recipe(tmp_path, **chosen), tmp_path / "run")
+    (given,) = seen.value.args
+    assert [given[name] for name in ("betas", "eps", "weight_decay", "lr")] == [(0.8, 0.95), 1e-6, 0.3, 0.5]
