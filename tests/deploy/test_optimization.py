@@ -339,12 +339,20 @@ def test_models_that_do_not_go_with_the_example(change, message: str, image: tor
         allmlp.optimize(change(_model()), image)
 
 
-def test_a_form_that_gives_no_numbers_is_not_taken(image: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_a_form_that_gives_no_numbers_is_not_taken(
+    outputs: int, image: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Model(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return tuple(x + number for number in range(outputs))
+
     def broken(model: nn.Module, examples: object, dtype: torch.dtype) -> object:
-        return lambda x: [torch.full_like(output, torch.nan) for output in engines.eager(model, examples, dtype)(x)]
+        run = engines.eager(model, examples, dtype)
+        return lambda x: [*run(x)[:-1], torch.full_like(run(x)[-1], torch.nan)]
 
     monkeypatch.setattr("allmlp.deploy.optimization.ENGINES", {"broken": broken, "eager": engines.eager})
-    form = allmlp.optimize(nn.Sequential(nn.Flatten(), nn.Linear(image[0].numel(), 3)), image)
+    form = allmlp.optimize(Model(), image)
     assert form.engine == "eager"
     assert form.candidates[0].reason
 
