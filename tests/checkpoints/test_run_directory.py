@@ -153,7 +153,8 @@ def test_removing_a_run_leaves_what_is_not_its_own(saved: tuple[Path, torch.nn.M
     run, _ = saved
     for folder in ("checkpoint-3", "checkpoint-best", "report", "tensorboard"):
         (run / folder).mkdir()
-    for file in ("tokenizer.json", "special_tokens_map.json", "model-00001-of-00002.safetensors", "mine.txt"):
+    beside = ("tokenizer.json", "special_tokens_map.json", "model-00001-of-00002.safetensors")
+    for file in ("recipe.yaml", "metrics.json", "nan.jsonl", *beside, "mine.txt"):
         (run / file).touch()
     run_directory.remove(run_directory.former_run(run), keep=["config.json"])
     assert sorted(path.name for path in run.iterdir()) == ["checkpoint-best", "config.json", "mine.txt"]
