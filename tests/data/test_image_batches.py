@@ -83,6 +83,13 @@ def test_mixing_gives_shares_of_classes_and_spares_odd_batches() -> None:
     assert _training().__getitems__(range(5))["labels"].tolist() == [0, 1, 2, 0, 1]
 
 
+def test_mixing_depends_on_the_first_image_of_a_batch_alone() -> None:
+    # images 1 and 4 are of one class, so that equal shares give equal labels
+    one, other, elsewhere = (_training().__getitems__(batch)["labels"] for batch in ([0, 1], [0, 4], [3, 1]))
+    torch.testing.assert_close(other, one, rtol=0, atol=0)
+    assert not torch.equal(elsewhere, one)
+
+
 def test_augmentation_of_an_image_does_not_depend_on_its_batch() -> None:
     batches = _training(mix=None, erase=None)
     whole = batches.__getitems__([0, 1, 2, 3])
