@@ -36,9 +36,9 @@ def find(data: str, image_column: str | None = None, label_column: str | None = 
     Raises:
         UserError: There is no such data, it has no labelled images, or a column is named and it is no table.
     """
-    if not is_table(data):
-        refuse_columns(data, image_column=image_column, label_column=label_column)
+    columns = {"image_column": image_column, "label_column": label_column}
     if data == DIGITS:
+        refuse_columns(data, **columns)
         return digits()
     path, shards = Path(data).expanduser(), find_shards(data)
     if shards:
@@ -48,6 +48,7 @@ def find(data: str, image_column: str | None = None, label_column: str | None = 
             f"{data} is a file; images come from a folder of class folders, from .parquet or from .tar files."
         )
     if path.is_dir():
+        refuse_columns(data, **columns)
         return folder(path)
     refuse_missing_path(data)
     return hub(data, image_column, label_column)

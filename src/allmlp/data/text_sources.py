@@ -219,10 +219,9 @@ def find_texts(data: str, text_column: str | None = None) -> dict[str, Texts]:
 
 def is_table(data: str) -> bool:
     """Whether `data` has columns: parquet, CSV, JSON Lines or tar files, or a dataset of the Hub."""
-    path = Path(data).expanduser()
-    if path.is_dir():
-        return data != STDLIB and any(True for kind in KINDS for _ in path.rglob(f"*{kind}"))
-    return data != STDLIB and (_suffix(data) in (*TABLES, ".tar") or not path.is_file())
+    if data == STDLIB:
+        return False
+    return _is_file_table(data) or bool(find_shards(data)) or not Path(data).expanduser().exists()
 
 
 def _plain_texts(path: Path, data: str) -> dict[str, Texts]:
