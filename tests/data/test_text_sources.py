@@ -112,6 +112,8 @@ def test_texts_in_tar_files(tmp_path) -> None:
     assert list(one) == ["three"]
     with pytest.raises(UserError, match=r"Nothing is held out of shards such as .*val-0.tar: give some for validation"):
         one.cut(0.5)
+    with pytest.raises(UserError, match=r"holds \.tar files, whose rows can be read as texts, but not as a table"):
+        read_labelled_texts(path)
     broken = find_texts(write_tar(tmp_path / "latin.tar", [b"one", b"caf\xe9"]))["train"]
     with pytest.raises(UserError, match=r"latin.tar.* is not UTF-8: byte 3 is 0xE9; convert the text"):
         list(broken)

@@ -298,6 +298,8 @@ def read_tables(data: str) -> dict[str, Any]:
             found = datasets.load_dataset(kind, data_files={"train": str(path)}, **_settings(kind, path))
         elif path.exists():
             files = {name: list(files) for name, files in find_shards(data).items()}
+            if files["train"][0].endswith(".tar"):
+                raise UserError(f"{data} holds .tar files, whose rows can be read as texts, but not as a table.")
             found = datasets.load_dataset("parquet", data_files=files)
         else:
             refuse_missing_path(data)
