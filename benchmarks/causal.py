@@ -32,7 +32,7 @@ def main() -> None:
 
 
 def measure(rounds: int) -> None:
-    """Writes the results."""
+    """Write the results."""
     from allmlp.benchmark.measurement import machine
     from allmlp.files import write_json
 

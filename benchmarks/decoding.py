@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace) -> None:
-    """Writes the results."""
+    """Write the results."""
     import torch
 
     from allmlp.benchmark.measurement import machine

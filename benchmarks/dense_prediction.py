@@ -238,7 +238,7 @@ SETTINGS = {
 
 
 def train(task: Segmentation | Detection, steps: int, *, batch_size: int = 8, lr: float = 4e-3) -> list[float]:
-    """Trains on new drawings in every step (AdamW, one cycle) and leaves the model in eval mode; the losses."""
+    """Train on new drawings in every step (AdamW, one cycle) and leave the model in eval mode; the losses."""
     optimizer = torch.optim.AdamW(task.model.parameters(), lr=lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.2)
     losses = []
@@ -264,7 +264,7 @@ def main() -> None:
 
 
 def measure() -> None:
-    """Writes the results and draws what the models find."""
+    """Write the results and draw what the models find."""
     held_out = drawings(0, HELD_OUT)
     found: dict[str, Any] = {}
     shown: dict[str, Any] = {}

@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace) -> None:
-    """Writes the results of some parts beside those of the others."""
+    """Write the results of some parts beside those of the others."""
     from allmlp.files import write_json
     from allmlp.machine import surroundings
 
@@ -90,7 +90,7 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def write_page(found: dict[str, Any]) -> None:
-    """Puts the figures into the documentation."""
+    """Put the figures into the documentation."""
     from allmlp.benchmark.report import replace_part
 
     lines = [
@@ -164,7 +164,7 @@ def disk(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     size = sum(path.stat().st_size for path in (whole / "checkpoint-10").iterdir())
     small.mkdir()
     allmlp, load = f"{sys.executable} -m allmlp", "import allmlp, sys; allmlp.load(sys.argv[1])"
-    # room for three checkpoints and a half
+    # Room for three checkpoints and a half.
     script = f"""
     mount -t tmpfs -o size={int(3.5 * size)} tmpfs {small}
     {allmlp} train --recipe {recipe} --output {small}/run 2> {folder}/said; echo $? > {folder}/code
@@ -217,7 +217,7 @@ def ranks(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     run = folder / "asked"
     launcher = launch(recipe, run)
     wait_for(lambda: list(run.glob("checkpoint-*")), launcher)
-    # one of the two alone: they have to agree on a step
+    # One of the two alone: they have to agree on a step.
     os.kill(workers(launcher.pid)[1], signal.SIGTERM)
     asked = launcher.wait()
     finished = (run / "config.json").exists()

@@ -27,7 +27,7 @@ QUIET = {
     "DATASETS_VERBOSITY": "critical",
     "TRANSFORMERS_VERBOSITY": "error",
 }
-# the targets are the tests'
+# The targets are the tests'.
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 MEMORY = 16 * 2**30
@@ -37,7 +37,7 @@ HANG = 60
 
 
 def mutate(name: str, seconds: float, failures: Path, seed: int) -> int:
-    """Runs one target on mutations by hypothesis; how many kinds of failure there are."""
+    """Run one target on mutations by hypothesis; how many kinds of failure there are."""
     from hypothesis import seed as seeded
 
     from tests.fuzzing import TARGETS, mutations
@@ -79,7 +79,7 @@ def mutate(name: str, seconds: float, failures: Path, seed: int) -> int:
 
 
 def follow_coverage(atheris: object, name: str, seconds: float, failures: Path) -> None:
-    """Runs one target by atheris, which ends the process, at the first failure or when the time is over."""
+    """Run one target by atheris, which ends the process, at the first failure or when the time is over."""
     with atheris.instrument_imports(include=["allmlp"]):
         from tests.fuzzing import TARGETS
     target = TARGETS[name]

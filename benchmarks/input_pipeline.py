@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def measure(parts: Sequence[str]) -> None:
-    """Writes the results of some parts beside those of the others."""
+    """Write the results of some parts beside those of the others."""
     from allmlp.files import write_json
     from allmlp.machine import surroundings
 
@@ -197,7 +197,7 @@ def child_training(data: str, runs: str) -> dict[str, float]:
     torch.set_num_threads(1)
     settings: dict[str, Any] = {"data": data, "model": "gmlp_nano_patch4_32", "batch_size": 128, "max_steps": 70}
     metrics = train(VisionRecipe(**settings, precision="fp32", workers=1), Path(runs) / "streamed")
-    # the first batch waits for the worker to start
+    # The first batch waits for the worker to start.
     seconds = metrics["training_seconds"] - waits[0]
     decoding = resource.getrusage(resource.RUSAGE_CHILDREN)
     return {
@@ -215,7 +215,7 @@ def _in_a_process(*arguments: str) -> dict[str, Any]:
 
 
 def write_page(found: dict[str, Any]) -> None:
-    """Puts the figures into the documentation."""
+    """Put the figures into the documentation."""
     from allmlp.benchmark.report import replace_part
 
     rows = ["| measured | |", "|---|---:|"]

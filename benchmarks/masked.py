@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace) -> None:
-    """Writes the results and draws them."""
+    """Write the results and draw them."""
     from allmlp.benchmark.measurement import machine
     from allmlp.data.text import load_text
     from allmlp.files import write_json

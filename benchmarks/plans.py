@@ -29,13 +29,13 @@ class Plan:
     """A training of a paper.
 
     Attributes:
-        title: What is trained.
-        data: On what, for how long.
-        steps: Optimiser steps.
-        examples: Images or tokens in all.
-        unit: Which of them.
+        title: what is trained.
+        data: on what, for how long.
+        steps: optimiser steps.
+        examples: images or tokens in all.
+        unit: which of them.
         macs: Multiply-adds of one of them, forward.
-        expected: The score the paper prints, and where.
+        expected: the score the paper prints, and where.
     """
 
     title: str

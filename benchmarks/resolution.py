@@ -269,7 +269,7 @@ def _tuning(name: str, run: Path, data: str, former: dict[str, Any], ways: Seque
 
 
 def render(found: dict[str, Any]) -> None:
-    """Draws docs/figures/resolution.png, and writes the tables between the page's markers."""
+    """Draw docs/figures/resolution.png, and write the tables between the page's markers."""
     tables = {"sizes": _sizes_table, "methods": _methods_table, "tuning": _tuning_table}
     page = ROOT / "docs" / "resolution.md"
     for part, table in tables.items():

@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace) -> None:
-    """Writes the results and draws them."""
+    """Write the results and draw them."""
     import torch
 
     from allmlp.benchmark.measurement import machine

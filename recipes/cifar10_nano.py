@@ -64,7 +64,7 @@ def main() -> None:
         elif not (run / METRICS).is_file():
             train(recipe, run, overwrite=True)
     for model, figures in collected(options).items():
-        # speed measured alone stays
+        # Speed measured alone stays.
         found[model] = {**figures, **{key: found[model][key] for key in SPEED if key in found.get(model, {})}}
     write_json(results, found)
     render(found, options.recipe.stem)
@@ -84,7 +84,7 @@ def collected(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def render(found: dict[str, Any], name: str) -> None:
-    """Draws docs/figures/NAME.png, and writes the table into the page's part of that name."""
+    """Draw docs/figures/NAME.png, and write the table into the page's part of that name."""
     rows = [
         "| model | parameters | accuracy after each epoch, % | final, % | images/s |",
         "|---|---:|---|---:|---:|",
@@ -96,7 +96,7 @@ def render(found: dict[str, Any], name: str) -> None:
         for model, figures in sorted(found.items(), key=lambda item: -item[1]["accuracy"]):
             course = [100 * accuracy for accuracy in figures["accuracy_per_epoch"]]
             (line,) = left.plot(range(1, len(course) + 1), course, marker="o" if len(course) < 20 else None, ms=3)
-            # one below the other where curves end side by side
+            # One below the other where curves end side by side.
             label_height = min(course[-1], label_height - 1.7)
             left.annotate(
                 f"{NAMES[model]} {course[-1]:.1f}",

@@ -43,9 +43,9 @@ class Target:
     """A reader of files.
 
     Attributes:
-        name: The file that it is given.
-        seeds: Valid contents.
-        read: Reads the file, which lies in a folder of its own.
+        name: the file that it is given.
+        seeds: valid contents.
+        read: reads the file, which lies in a folder of its own.
     """
 
     name: str
@@ -53,13 +53,13 @@ class Target:
     read: Callable[[Path], Any]
 
     def run(self, content: bytes) -> bool:
-        """Reads a file of this content; whether it could be read.
+        """Read a file of this content; whether it could be read.
 
         Raises:
-            AssertionError: The refusal does not name the file.
+            AssertionError: if the refusal does not name the file.
         """
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-            # the libraries beneath may complain about what they still read
+            # The libraries beneath may complain about what they still read.
             warnings.simplefilter("ignore")
             path = Path(folder) / self.name
             path.write_bytes(content)
@@ -99,7 +99,7 @@ def _convert(path: Path) -> None:
         try:
             convert_checkpoint(path, None, facts)
         except UserError as error:
-            # what every checkpoint of language models is asked for
+            # What every checkpoint of language models is asked for.
             if not getattr(error, "names", ()):
                 raise
             facts = {name: {"causal": True, "gate_act": "none", "shift_size": 5}[name] for name in error.names}
@@ -133,7 +133,7 @@ def _language_run() -> dict[str, bytes]:
 
 
 def _load(path: Path) -> None:
-    """Loads the run directory of which this is one file, the others being whole."""
+    """Load the run directory of which this is one file, the others being whole."""
     whole = _language_run() if b'"gmlp"' in path.read_bytes() else _run()
     for name, content in whole.items():
         if name != path.name:
@@ -148,7 +148,7 @@ def _recipe(path: Path) -> None:
         settings.pop("task", None)
         make_recipe(settings, kind, str(path))
     except UserError as error:
-        # a value is named by its field, wherever it comes from
+        # A value is named by its field, wherever it comes from.
         raise UserError(f"{path}: {error}") from error
 
 
@@ -184,7 +184,7 @@ def _image(path: Path) -> None:
     try:
         image = decode(path)
     except UserError as error:
-        # whoever asks for the image names it, in a list of all that are left out
+        # Whoever asks for the image names it, in a list of all that are left out.
         raise UserError(f"{path}: {error}") from error
     assert image.mode == "RGB"
     assert np.asarray(image).shape == (image.height, image.width, 3)
@@ -235,7 +235,7 @@ def mutations(draw: st.DrawFn, seeds: Sequence[bytes]) -> bytes:
     """A valid file, cut, flipped, spliced, doubled or written over in one to four places."""
     content = bytearray(draw(st.sampled_from(list(seeds))))
     for _ in range(draw(st.integers(1, 4))):
-        # most that steers a reader stands in front and at the end
+        # Most that steers a reader stands in front and at the end.
         reach = draw(st.sampled_from([64, 512, len(content)]))
         place = draw(st.integers(0, max(0, min(reach, len(content)) - 1)))
         place = len(content) - 1 - place if draw(st.booleans()) and content else place

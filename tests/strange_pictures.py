@@ -45,7 +45,7 @@ def black(width: int, height: int) -> bytes:
 
 
 def legal(root: Path) -> dict[str, np.ndarray]:
-    """Writes unusual images and gives the RGB pixels that each shows."""
+    """Write unusual images and give the RGB pixels that each shows."""
     image, deep = Image.fromarray(PIXELS), PIXELS.astype(">u2") * 257
     grey = Image.fromarray(PIXELS[..., 0].astype(np.uint16) * 257)
     palette = Image.fromarray(INDICES)
@@ -97,7 +97,7 @@ def legal(root: Path) -> dict[str, np.ndarray]:
 
 
 def refused(root: Path, mark: Path) -> dict[str, str]:
-    """Writes files that are to be refused and gives the reason of each; one would create `mark` if it were run."""
+    """Write files that are to be refused and give the reason of each; one would create `mark` if it were run."""
     whole = (root / "whole.png", root / "whole.jpg")
     for path in whole:
         Image.fromarray(PIXELS).resize((64, 64)).save(path)

@@ -105,7 +105,7 @@ def test_layer_table_of_a_language_model():
     assert table.input == (32,)
     assert table.rows[0].type == "Embedding"
     assert table.rows[-1].output == (32, 100)
-    # the head is the embedding
+    # The head is the embedding.
     assert (table.rows[-1].parameters, table.rows[-1].macs) == (0, 32 * 128 * 100)
     with pytest.raises(ValueError, match="a language model has no image size"):
         layer_table("gmlp_nano", 64)

@@ -226,7 +226,7 @@ class TestConvert:
     def test_an_image_model_becomes_a_run(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         checkpoint, run = str(GOLDEN / "deit_resmlp" / "checkpoint.pth"), str(tmp_path / "run")
         names = tmp_path / "names.txt"
-        # as some editors save it, with a byte order mark
+        # As some editors save it, with a byte order mark.
         names.write_text("blue\ngreen\nred\n", encoding="utf-8-sig")
         assert main(["convert", checkpoint, "--output", run, "--classes", str(names)]) == 0
         assert json.loads((tmp_path / "run" / "config.json").read_text())["label_names"] == ["blue", "green", "red"]

@@ -79,7 +79,7 @@ def test_tasks_are_chosen_and_told(tmp_path, capsys) -> None:
     assert "warning: left out 1 of 2" in answer.err
     assert main(["predict", str(run), "--text", "oak", "--img-size", "8"]) == 1
     assert "holds a model of text: leave --img-size out" in capsys.readouterr().err
-    # the run's own task goes on
+    # The run's own task goes on.
     assert main(["train", data, "--from", str(run), "--max-steps", "1", "--output", str(tmp_path / "next")]) == 0
     assert "task: text-classification" in (tmp_path / "next/recipe.yaml").read_text()
 

@@ -12,7 +12,7 @@ FILES = {
     "host/__init__.py": "",
     "host/trigger.py": "from host import leaf",
     "host/leaf.py": "",
-    # imports the trigger halfway through itself, as transformers' modeling_utils does
+    # Imports the trigger halfway through itself, as transformers' modeling_utils does.
     "host/outer.py": "import host.trigger\nready = True",
     "host/broken.py": "import host.trigger\nraise RuntimeError('broken')",
     "follower.py": "import host.trigger\nfrom host.outer import ready as saw",

@@ -95,7 +95,7 @@ def command_lines(draw: st.DrawFn) -> list[str]:
         places += ["--output", "{here}/run"]
     for option in draw(st.lists(st.sampled_from(OPTIONS[command]), max_size=3)):
         places += [option] if option in ("--json", "--strict") else [option, draw(WORDS)]
-    # data of another name would be looked for on the Hub
+    # Data of another name would be looked for on the Hub.
     return [command, *(["./missing"] if command == "train" else []), *places]
 
 

@@ -172,7 +172,7 @@ def layer_table(name: str, img_size: int | tuple[int, int] | None = None, **argu
         model = timm.create_model(name, **arguments).eval()
         cfg: dict[str, Any] = vars(model)["pretrained_cfg"]
         chans, *size = cfg["input_size"]
-        # not every model keeps the size it is made for
+        # Not every model keeps the size it is made for.
         height, width = size if img_size is None else to_2tuple(img_size)
         image = torch.empty(1, arguments.get("in_chans", chans), height, width)
         rows = tuple(_layer_rows(model, image))
@@ -213,7 +213,7 @@ def _layer_rows(model: Any, example: Any) -> Iterator[LayerRow]:
     counted: set[int] = set()
     for name, shape in shapes.items():
         own = {id(parameter): parameter.numel() for parameter in modules[name].parameters(recurse=False)}
-        # what is tied is one parameter
+        # What is tied is one parameter.
         parameters = sum(count for key, count in own.items() if key not in counted)
         counted |= own.keys()
         macs = flops[name] // 2  # the counter takes a multiply-add for two operations

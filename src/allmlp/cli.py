@@ -24,15 +24,15 @@ TRAIN_EXTRA = ("accelerate", "datasets", "matplotlib", "sklearn", "tensorboard")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command.
+    """Run one command.
 
     Args:
-        arguments: The command line without the program's name; the process's own by default.
+        arguments: the command line without the program's name; the process's own by default.
 
     Returns:
         The exit code: 0 done, 1 failed. Misuse leaves through `SystemExit(2)`.
     """
-    # a file's name may be no text
+    # A file's name may be no text.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -42,14 +42,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.run(options)
         sys.stdout.flush()
     except (Interrupted, Diverged) as stop:
-        # it stops every process of a distributed training, and the first one tells
+        # It stops every process of a distributed training, and the first one tells.
         if is_first_process():
             _fail(str(stop))
         return DONE if isinstance(stop, Interrupted) and stop.by_scheduler else FAILED
     except (UserError, TrainingError) as error:
         return _fail(str(error))
     except BrokenPipeError:
-        # whoever read the answer has seen enough
+        # Whoever read the answer has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except ModuleNotFoundError as error:
         if error.name not in TRAIN_EXTRA:
@@ -123,7 +123,7 @@ def _info(options: argparse.Namespace) -> None:
         require_architecture(options.model, also=[card.name for card in list_models() if is_language(card.name)])
     try:
         layers = layer_table(options.model, options.img_size)
-    # name and size drive the constructors of any architecture
+    # Name and size drive the constructors of any architecture.
     except Exception as error:
         raise UserError(f"{options.model} cannot be made so: {first_line(error)}") from error
     totals = {"parameters": layers.parameters, "macs": layers.macs}
@@ -456,7 +456,7 @@ def _add_benchmark(commands: Any) -> None:
 
 
 def _benchmark(options: argparse.Namespace) -> None:
-    # torch's profiler, which sees the memory, reports its own start and stop otherwise
+    # torch's profiler, which sees the memory, reports its own start and stop otherwise.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     import torch
 
@@ -507,7 +507,7 @@ def _benchmark(options: argparse.Namespace) -> None:
 
 
 def _folder(text: str) -> str:
-    # pathlib takes an empty name, such as an unset variable's, for the current directory
+    # pathlib takes an empty name, such as an unset variable's, for the current directory.
     if not text.strip():
         raise argparse.ArgumentTypeError("must name a directory, got an empty name")
     return text

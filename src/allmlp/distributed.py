@@ -52,8 +52,8 @@ def largest_anywhere(value: int, device: Any = "cpu") -> int:
     """The largest of the values that the processes of a training give; all of them have to call this together.
 
     Args:
-        value: What this process gives.
-        device: Where the processes exchange what they compute; an accelerator is waited for.
+        value: what this process gives.
+        device: where the processes exchange what they compute; an accelerator is waited for.
     """
     import torch
     from torch import distributed
@@ -71,7 +71,7 @@ def missing_processes(patience: float = 5.0) -> list[int]:
 
     if not _several():
         return []
-    # every process answers and counts the answers at the rendezvous, which torchrun's agent keeps alive
+    # Every process answers and counts the answers at the rendezvous, which torchrun's agent keeps alive.
     store: Any = distributed.distributed_c10d._get_default_store()
     missing = set(range(distributed.get_world_size())) - {distributed.get_rank()}
     try:
@@ -81,13 +81,13 @@ def missing_processes(patience: float = 5.0) -> list[int]:
             missing -= {rank for rank in missing if store.check([_present(rank)])}
             time.sleep(0.05)
     except RuntimeError:
-        # without an agent the first process keeps the rendezvous
+        # Without an agent the first process keeps the rendezvous.
         return [0]
     return sorted(missing)
 
 
 def _present(rank: int) -> str:
-    # the rendezvous outlives a restart, and remembers
+    # The rendezvous outlives a restart, and remembers.
     return f"allmlp/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/present/{rank}"
 
 

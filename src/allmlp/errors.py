@@ -16,7 +16,7 @@ class Interrupted(Exception):
     """A training was asked to stop and has saved a checkpoint; the message says where, and how to go on.
 
     Attributes:
-        by_scheduler: The wish came as SIGTERM, as schedulers send it: the command line then exits with code 0.
+        by_scheduler: the wish came as SIGTERM, as schedulers send it: the command line then exits with code 0.
     """
 
     def __init__(self, message: str, *, by_scheduler: bool = False):
@@ -58,9 +58,9 @@ def nearest(name: str, options: Iterable[str], count: int = 3) -> str:
     """A sentence offering the options closest in spelling to `name`, ready to append to a message.
 
     Args:
-        name: What was given.
-        options: What is allowed.
-        count: Offer at most this many.
+        name: what was given.
+        options: what is allowed.
+        count: offer at most this many.
 
     Returns:
         `" Did you mean 'a', 'b' or 'c'?"`, or an empty string when nothing is close.

@@ -47,18 +47,18 @@ def _unfinished(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes a text file all at once: a reader sees the old one or the new one."""
+    """Write a text file all at once: a reader sees the old one or the new one."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """Writes a JSON file all at once."""
+    """Write a JSON file all at once."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def to_disk(path: Path) -> None:
-    """Waits until a file, or a directory's list of names, is on the disk itself."""
+    """Wait until a file, or a directory's list of names, is on the disk itself."""
     if os.name != "posix":
         return
     descriptor = os.open(path, os.O_RDONLY)

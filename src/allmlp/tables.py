@@ -7,8 +7,8 @@ def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
     """Rows of cells as aligned lines.
 
     Args:
-        rows: The cells, as many in each row; the first row may be a heading.
-        right: Columns aligned to the right; the others to the left.
+        rows: the cells, as many in each row; the first row may be a heading.
+        right: columns aligned to the right; the others to the left.
     """
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     lines = (

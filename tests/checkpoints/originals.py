@@ -30,7 +30,7 @@ class Original:
 
 @torch.no_grad()
 def draw(model: nn.Module) -> None:
-    """Gives every parameter random numbers, so that none hides behind an initial zero or one."""
+    """Give every parameter random numbers, so that none hides behind an initial zero or one."""
     for name, parameter in model.named_parameters():
         parameter.normal_(mean=1.0 if parameter.dim() == 1 and name.endswith("weight") else 0.0, std=0.3)
 

@@ -34,7 +34,7 @@ def test_another_structure_is_spelt_out_whole() -> None:
     model = found.build()
     assert len(model.blocks) == 2
     assert model.num_features == 16
-    # whatever becomes of the variant, the arguments say it all
+    # Whatever becomes of the variant, the arguments say it all.
     other = timm.create_model("gmlp_base_patch16_224", num_classes=1000, **found.model_args)
     assert {n: t.shape for n, t in other.state_dict().items()} == {n: t.shape for n, t in model.state_dict().items()}
 

@@ -170,7 +170,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_sentence(name: str, damage: str)
         facts = {"shift_size": 5}
     (path,) = (GOLDEN / name).glob("checkpoint.*")
     weights = conversion.unwrap(conversion.read_checkpoint(path), LAYOUTS).tensors
-    # what a version does not use or does not have, and vocabularies of any size
+    # What a version does not use or does not have, and vocabularies of any size.
     free = re.compile(r"sgu\.proj|circulant|positional|embed\.weight|^0\.weight")
     for weight in random.Random(name + damage).sample([key for key in sorted(weights) if not free.search(key)], 4):
         with pytest.raises(UserError):

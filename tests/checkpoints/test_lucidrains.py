@@ -32,7 +32,7 @@ class TestParity:
         **TOKENS,
     )
     def test_causal(self, dim, seq_len, length, shift, toeplitz, act, **sizes) -> None:
-        # upstream cannot shift further than the input is long
+        # Upstream cannot shift further than the input is long.
         assume(shift <= min(seq_len, length))
         if act is not nn.Identity:
             sizes["act"] = act()

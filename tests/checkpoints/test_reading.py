@@ -124,7 +124,7 @@ class TestNothingIsRun:
         with pytest.raises(UserError, match=r"checkpoint\.pth is refused: to load it, '.*' would have to be run"):
             read_checkpoint(checkpoint)
         assert not mark.exists()
-        # and it is a trap
+        # And it is a trap.
         torch.load(checkpoint, weights_only=False)
         assert mark.exists()
 

@@ -86,7 +86,7 @@ def test_runs_load_at_another_size(saved: tuple[Path, torch.nn.Module], tmp_path
     assert loaded.pretrained_cfg["label_names"] == CLASSES
     plain = timm.create_model(f"local-dir:{run}", pretrained=True, img_size=(12, 8), patch_kernel=(6, 4))
     torch.testing.assert_close(plain.state_dict(), model.state_dict(), rtol=0, atol=0)
-    # and a run of that size is written and loaded as any other
+    # And a run of that size is written and loaded as any other.
     arguments = {**ARGUMENTS, "img_size": [12, 8], "patch_kernel": [6, 4]}
     again = run_directory.classifier(model, "gmlp_nano_patch4_32", arguments, CLASSES)
     run_directory.save_classifier(again, tmp_path / "again")
@@ -174,7 +174,7 @@ def test_a_configuration_a_recipe_or_a_checkpoint_makes_a_run(tmp_path: Path) ->
 
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     unfinished_checkpoint(tmp_path, 3).mkdir(parents=True)
-    # what a kill leaves of a file and of a picture
+    # What a kill leaves of a file and of a picture.
     (tmp_path / f".model.safetensors.x{UNFINISHED}").mkdir()
     (tmp_path / "report" / f".curves.png.x{UNFINISHED}").mkdir(parents=True)
     (tmp_path / "notes.txt").touch()

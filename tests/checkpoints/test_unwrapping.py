@@ -181,6 +181,6 @@ def test_names_and_dictionaries_without_end_take_no_time() -> None:
         nested = {"a": nested}
     with pytest.raises(UserError, match="no weights"):
         unwrap(nested)
-    # taken apart level by level, since Python's own way recurses
+    # Taken apart level by level, since Python's own way recurses.
     while nested:
         nested = nested["a"]

@@ -84,7 +84,7 @@ def test_mixing_gives_shares_of_classes_and_spares_odd_batches() -> None:
 
 
 def test_mixing_depends_on_the_first_image_of_a_batch_alone() -> None:
-    # images 1 and 4 are of one class, so that equal shares give equal labels
+    # Images 1 and 4 are of one class, so that equal shares give equal labels.
     one, other, elsewhere = (_training().__getitems__(batch)["labels"] for batch in ([0, 1], [0, 4], [3, 1]))
     torch.testing.assert_close(other, one, rtol=0, atol=0)
     assert not torch.equal(elsewhere, one)
@@ -144,7 +144,7 @@ def test_a_grey_model_gets_one_channel() -> None:
 
 
 def test_strong_augmentation_survives_every_image() -> None:
-    # a policy that timm draws with all bits posterised away
+    # A policy that timm draws with all bits posterised away.
     transform = training_transform(CFG, auto_augment="rand-m10-n8-inc1")
     batches = ImageBatches(_images(60), transform, mean=CFG["mean"], std=CFG["std"], seed=0)
     assert len(batches.__getitems__(range(60))["labels"]) == 60

@@ -56,7 +56,7 @@ def test_every_image_comes_exactly_once(tmp_path: Path, write: Writer, processes
     shards = find_shards(str(tmp_path))["train"]
     expected = [f"{file} row {row}" for file, size in zip(shards, SIZES, strict=True) for row in range(size)]
     assert collections.Counter(_names(*epochs)) == collections.Counter(expected)
-    # none waits for another
+    # None waits for another.
     assert {len(epoch) for epoch in epochs} == {-(-sum(SIZES) // (4 * processes))}
     assert len(epochs[0]) == len(_stream(tmp_path, 0, processes))
     for epoch in epochs:
@@ -104,7 +104,7 @@ def test_the_buffer_loses_nothing(count: int, buffer: int) -> None:
     rows = [Row(number=number, name="", values={}) for number in range(count)]
     found = [row.number for row in shuffled(iter(rows), buffer, np.random.default_rng(0))]
     assert sorted(found) == list(range(count))
-    # an example comes at most a buffer's length too early
+    # An example comes at most a buffer's length too early.
     assert all(number - place < buffer for place, number in enumerate(found))
 
 
@@ -126,7 +126,7 @@ def test_splits_are_told_from_names(tmp_path: Path) -> None:
     found = find_shards(str(tmp_path))
     assert [Path(file).name for file in found["train"]] == ["imagenet1k-train-0000.tar"]
     assert [Path(file).name for file in found["validation"]] == ["imagenet1k-validation-00.tar"]
-    # as of a data set with splits, the first that is meant for validation, and no other
+    # As of a data set with splits, the first that is meant for validation, and no other.
     for name in ("imagenet1k-test-00", "imagenet1k-dev-00"):
         (tmp_path / f"{name}.tar").touch()
     assert find_shards(str(tmp_path)) == found

@@ -140,7 +140,7 @@ def test_memory_stays_below_the_stated_bound(tmp_path: Path) -> None:
     raised = json.loads(done.stdout)
     assert len(raised) == 11
     for name, pixels in {**dict.fromkeys(raised, side * side), "largest.png": PIXEL_LIMIT}.items():
-        # what a library keeps for good, whatever the image
+        # What a library keeps for good, whatever the image.
         assert raised[name] < DECODING_BYTES * pixels / PIXEL_LIMIT + 2**24, name
     assert raised["largest.png"] > 3 * PIXEL_LIMIT
     assert max(raised["bomb.png"], raised["line.png"]) < 2**23

@@ -83,7 +83,7 @@ def test_split_files_are_one_text_each(tmp_path) -> None:
     found = find_texts(str(tmp_path))
     assert {split: "".join(part) for split, part in found.items()} == {"train": "train", "validation": "Valid"}
     assert not any(part.separated for part in found.values())
-    # other names are no splits
+    # Other names are no splits.
     (tmp_path / "train.txt").rename(tmp_path / "training_log.txt")
     assert len(list(find_texts(str(tmp_path))["train"])) == 3
 

@@ -52,7 +52,7 @@ def test_windows_follow_each_other(tmp_path: Path, processes: int, workers: int)
         stream = _stream(tmp_path, process=process, processes=processes)
         batches = list(DataLoader(stream, batch_size=None, num_workers=workers, collate_fn=as_is))
         assert len(batches) == len(stream) == 12
-        # a worker's windows are one text: the label of a window's last token begins the next window
+        # A worker's windows are one text: the label of a window's last token begins the next window.
         for number in range(max(workers, 1)):
             mine = batches[number :: max(workers, 1)]
             ids = torch.cat([batch["input_ids"] for batch in mine]).flatten()

@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 
 
 def save(name: str, source: str, package: str, upstream: dict[str, Any], facts: dict[str, Any], arrays: Any) -> Path:
-    """Writes everything of a case but the checkpoint."""
+    """Write everything of a case but the checkpoint."""
     folder = HERE / name
     folder.mkdir(exist_ok=True)
     for file, array in zip(("input.npy", "output.npy"), arrays, strict=True):
@@ -32,7 +32,7 @@ def save(name: str, source: str, package: str, upstream: dict[str, Any], facts: 
 
 
 def torch_case(name: str, source: str, package: str, model: Any, x: Any, upstream: Any, facts: Any) -> None:
-    """Draws a PyTorch model's weights so that every one matters, and makes the case."""
+    """Draw a PyTorch model's weights so that every one matters, and make the case."""
     import torch
 
     torch.manual_seed(len(name))
@@ -91,7 +91,7 @@ def deit(clone: Path) -> None:
     """ResMLP by its authors."""
     import torch
 
-    # what old versions of timm had in other places
+    # What old versions of timm had in other places.
     sys.modules["timm.models.registry"] = importlib.import_module("timm.models")
     sys.modules["timm.models.layers"] = importlib.import_module("timm.layers")
     models = load(clone / "resmlp_models.py")

@@ -88,7 +88,7 @@ def test_assisted_decoding_gives_the_same_text() -> None:
         wanted = {"max_new_tokens": CONTEXT - 4, "do_sample": False}
         alone = model.generate(prompt, **wanted)
         assert torch.equal(model.generate(prompt, assistant_model=assistant, **wanted), alone)
-        # the model's first block drafts
+        # The model's first block drafts.
         assert torch.equal(model.generate(prompt, assistant_early_exit=1, **wanted), alone)
         assert torch.equal(model.generate(prompt, **wanted), alone)
 

@@ -44,7 +44,7 @@ def test_output_and_gradients(
 @pytest.mark.parametrize("tokens", [3, 4, 7, 9, 16])
 def test_causal_products_block_by_block(short_blocks: None, tokens: int) -> None:
     x, weight, bias = (torch.randn(size, dtype=torch.float64) for size in ((2, tokens, 3), (tokens, tokens), (tokens,)))
-    # nobody may read what stands above the diagonal
+    # Nobody may read what stands above the diagonal.
     weight = weight.tril() + torch.full_like(weight, torch.nan).triu(1)
     leaves = [leaf.requires_grad_() for leaf in (x, weight, bias)]
     out = token_linear(*leaves, causal=True)

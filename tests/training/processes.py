@@ -30,7 +30,7 @@ def _shard_on_processors_too(self: AcceleratorState, *arguments: Any, fsdp_plugi
 if __name__ == "__main__":
     AcceleratorState.__init__ = _shard_on_processors_too
     for output, settings in json.loads(Path(sys.argv[1]).read_text()).items():
-        # or it would go on distributing as the last training did
+        # Or it would go on distributing as the last training did.
         AcceleratorState._reset_state()
         os.environ.pop("ACCELERATE_USE_FSDP", None)
         recipe = make_recipe(settings["recipe"], RECIPES[settings["task"]])

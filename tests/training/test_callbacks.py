@@ -165,5 +165,5 @@ def test_the_average_follows_closely_at_first() -> None:
     averaged.on_step_end(None, _state(global_step=8), _control(), model=model)
     live = model.weight.detach().clone()
     with averaged.swapped(model):
-        # a decay of 1 − 8^(−2/3)
+        # A decay of 1 − 8^(−2/3).
         torch.testing.assert_close(model.weight, live - 0.75)

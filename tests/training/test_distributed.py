@@ -54,7 +54,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("distributed")
     text = folder / "text.txt"
     text.write_text("".join(f"{i * i} is the square of {i}.\n" for i in range(40)))
-    # of 24 images the last batch of an epoch holds 4
+    # Of 24 images the last batch of an epoch holds 4.
     images = {"ema": 0.9, "hflip": 0.5}
     language = {**LANGUAGE, "data": str(text)}
     alone = {

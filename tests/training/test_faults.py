@@ -79,7 +79,7 @@ def _language(folder: Path, **settings: Any) -> Recipe:
 
 
 def _killed(recipe: Recipe, output: Path, where: Any, name: str, when: Callable[..., bool], resume: bool) -> None:
-    """Trains in a process that is killed when it calls `where.name` with arguments that `when` is true of."""
+    """Train in a process that is killed when it calls `where.name` with arguments that `when` is true of."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         process = os.fork()
@@ -132,16 +132,16 @@ def test_a_training_killed_again_and_again_ends_with_the_same_weights(
     assert last_checkpoint(run) is None
     _killed(recipe, run, Progress, "on_step_end", _at(6), resume=True)
     assert last_checkpoint(run) == run / "checkpoint-4"
-    # weights and optimiser are written, the rest is not
+    # Weights and optimiser are written, the rest is not.
     _killed(recipe, run, Engine, "_save_rng_state", _saving(8), resume=True)
     assert _leftovers(run)
     assert last_checkpoint(run) == run / "checkpoint-4"
     assert allmlp.load(run / "checkpoint-4")
-    # a new checkpoint is complete, an old one is about to be removed
+    # A new checkpoint is complete, an old one is about to be removed.
     _killed(recipe, run, shutil, "rmtree", lambda path, *_: str(path).endswith(".removed"), resume=True)
     assert _leftovers(run)
     assert all(map(allmlp.load, checkpoints_in(run)))
-    # all is learnt, nothing written
+    # All is learnt, nothing written.
     _killed(recipe, run, *finish, lambda *arguments: run in map(Path, filter(_is_path, arguments)), resume=True)
     assert last_checkpoint(run) == run / f"checkpoint-{last}"
     assert not (run / "config.json").exists()
@@ -210,7 +210,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(room: float, tmp_path: Path, mon
 
 
 def _spoil(monkeypatch: pytest.MonkeyPatch, spoilt: str) -> None:
-    """Makes one picture's pixels no numbers, of those whose names hold a text."""
+    """Make one picture's pixels no numbers, of those whose names hold a text."""
     read = ImageBatches.__getitems__
 
     def spoiling(self: ImageBatches, indices: Any) -> dict[str, Any]:
@@ -235,7 +235,7 @@ def test_a_loss_that_is_no_number_stops_and_names_the_batch(tmp_path: Path, monk
         batch = read(self, indices)
         if self.seed is not None:
             seen.extend(batch["names"])
-            # the fourth batch is the second half of the second step
+            # The fourth batch is the second half of the second step.
             if len(seen) == 16:
                 batch["pixel_values"][2] = torch.nan
                 spoilt = batch["names"]
@@ -325,7 +325,7 @@ def test_a_worker_hands_its_message_over(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_picture_that_breaks_off_is_left_out_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # as with data larger than memory, of which only the headers are read at first
+    # As with data larger than memory, of which only the headers are read at first.
     monkeypatch.setattr(image_data, "MEMORY_LIMIT", 0)
     recipe = tiny_recipe(tmp_path)
     broken = tmp_path / "pictures" / "red" / "03.png"

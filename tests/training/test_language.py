@@ -107,7 +107,7 @@ def test_a_checkpoint_has_the_weights_that_were_evaluated(tmp_path) -> None:
 
 def test_other_tokens_are_no_way_on(written, tmp_path) -> None:
     shutil.copytree(written[0], tmp_path / "run")
-    # as many characters as before, one of them another
+    # As many characters as before, one of them another.
     other = write_text(tmp_path / "other.txt", TEXT.replace("q", "ß"))
     settings = {"tokenizer": "characters", "data": other, "max_steps": 70}
     with pytest.raises(UserError, match=r"The tokens of .*checkpoint-60 are others than those of the data: '[qß]' is"):

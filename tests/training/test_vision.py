@@ -204,7 +204,7 @@ def test_fine_tuning_at_another_size_resamples_the_weights(
     tuned = allmlp.load(tmp_path / "larger")
     torch.testing.assert_close(tuned.state_dict(), expected, rtol=0, atol=1e-6)
     assert tuple(tuned.pretrained_cfg["input_size"]) == (3, 12, 8)
-    # the former grid, 3×2, is known though it is neither a square nor of the new one's proportions
+    # The former grid, 3×2, is known though it is neither a square nor of the new one's proportions.
     back = tiny_recipe(tmp_path, **{**settings, "start_from": str(tmp_path / "larger"), "img_size": 16}, max_steps=1)
     vision.train(back, tmp_path / "back")
     assert allmlp.load(tmp_path / "back")(torch.randn(1, 3, 16, 16)).shape == (1, 3)

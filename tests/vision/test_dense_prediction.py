@@ -107,7 +107,7 @@ def test_drawings_are_exact() -> None:
             left, top, right, bottom = box
             part = drawing.mask[top:bottom, left:right]
             assert set(part.unique().tolist()) <= {0, label}
-            # the shape reaches all four sides of its box
+            # The shape reaches all four sides of its box.
             filled = part == label
             assert all(side.any() for side in (filled[0], filled[-1], filled[:, 0], filled[:, -1]))
             covered[top:bottom, left:right] = True

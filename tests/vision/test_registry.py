@@ -185,6 +185,6 @@ def test_rates_reach_every_block(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in NANO if not name.startswith(("asmlp", "resmlp"))])
 def test_the_norms_epsilon_reaches_every_norm(name: str) -> None:
     model = timm.create_model(name, norm_eps=0.125)
-    # the gate's norm has one of its own
+    # The gate's norm has one of its own.
     norms = [m for key, m in model.named_modules() if isinstance(m, nn.LayerNorm) and not key.endswith("sgu.norm")]
     assert {norm.eps for norm in norms} == {0.125}

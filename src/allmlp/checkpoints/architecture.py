@@ -24,12 +24,12 @@ class VisionArchitecture:
     """An image model: `timm.create_model(name, num_classes=num_classes, **model_args)`.
 
     Attributes:
-        name: The registered model.
-        num_classes: Outputs of the head, 0 for none.
-        model_args: Further arguments.
-        preparation: Fields of timm's `pretrained_cfg` that say how images are prepared, where the source knows better
+        name: the registered model.
+        num_classes: outputs of the head, 0 for none.
+        model_args: further arguments.
+        preparation: fields of timm's `pretrained_cfg` that say how images are prepared, where the source knows better
             than the family's default.
-        notes: What was left out of the checkpoint and why, a sentence each.
+        notes: what was left out of the checkpoint and why, a sentence each.
     """
 
     name: str
@@ -50,9 +50,9 @@ class LanguageArchitecture:
     """A language model.
 
     Attributes:
-        name: A class of `allmlp.language`.
-        config: Fields of `GMLPConfig`.
-        notes: What was left out of the checkpoint and why, a sentence each.
+        name: a class of `allmlp.language`.
+        config: fields of `GMLPConfig`.
+        notes: what was left out of the checkpoint and why, a sentence each.
     """
 
     name: str
@@ -85,13 +85,13 @@ def vision_architecture(
     variant that has most in common, with every argument spelt out.
 
     Args:
-        model_class: The family.
-        variants: Its named sizes.
-        num_classes: Outputs of the head.
-        img_size: Image size in pixels.
-        in_chans: Channels of the image.
-        preparation: As in `VisionArchitecture`.
-        structure: Every other argument of `model_class` that is not its default.
+        model_class: the family.
+        variants: its named sizes.
+        num_classes: outputs of the head.
+        img_size: image size in pixels.
+        in_chans: channels of the image.
+        preparation: as in `VisionArchitecture`.
+        structure: every other argument of `model_class` that is not its default.
     """
     preparation = dict(preparation or {})
     if in_chans != 3:
@@ -119,7 +119,7 @@ def vision_architecture(
 def ratio(hidden: int, width: int) -> float:
     """The `mlp_ratio` that gives a width this hidden width: `int(width · ratio) == hidden`."""
     quotient = hidden / width
-    # a quotient rounded down would lose the last unit
+    # A quotient rounded down would lose the last unit.
     return quotient if int(width * quotient) == hidden else (hidden + 0.5) / width
 
 

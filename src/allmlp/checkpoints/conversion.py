@@ -48,7 +48,7 @@ class MissingFacts(UserError):
     """A checkpoint does not store everything about its model.
 
     Attributes:
-        names: What has to be given.
+        names: what has to be given.
     """
 
     def __init__(self, message: str, names: Sequence[str]) -> None:
@@ -61,11 +61,11 @@ class Conversion:
     """A converted checkpoint.
 
     Attributes:
-        model: The model, with its weights, in eval mode.
-        architecture: How to build it anew.
-        layout: What the checkpoint turned out to be.
-        notes: What was chosen, assumed and left out, a sentence each.
-        classes: The names of an image model's classes, where they are known.
+        model: the model, with its weights, in eval mode.
+        architecture: how to build it anew.
+        layout: what the checkpoint turned out to be.
+        notes: what was chosen, assumed and left out, a sentence each.
+        classes: the names of an image model's classes, where they are known.
     """
 
     model: Any
@@ -97,17 +97,17 @@ def convert(path: str | Path, source: str | None = None, **facts: Any) -> nn.Mod
     be given by name, such as `causal` and `gate_act` of lucidrains' language models; docs/checkpoints.md lists it all.
 
     Args:
-        path: The checkpoint; PyTorch, safetensors or NumPy. No code in it is run.
-        source: Who saved it, where that is to be checked: one of `SOURCES`.
-        facts: What the checkpoint does not store.
+        path: the checkpoint; PyTorch, safetensors or NumPy. No code in it is run.
+        source: who saved it, where that is to be checked: one of `SOURCES`.
+        facts: what the checkpoint does not store.
 
     Returns:
         For images timm's kind of module, `[batch, channels, height, width]` to logits; for text one of transformers'
         kind, batch first. In eval mode, on the CPU, in float32 (float64 where the checkpoint has it).
 
     Raises:
-        UserError: The file cannot be read, is of no known source, lacks facts (`MissingFacts`), or its weights do not
-            add up.
+        UserError: if the file cannot be read, is of no known source, lacks facts (`MissingFacts`), or its weights do
+            not add up.
     """
     conversion = convert_checkpoint(path, source, facts)
     for note in conversion.notes:
@@ -134,9 +134,9 @@ def convert_state_dict(
     """`convert` for a state dict in memory.
 
     Args:
-        contents: The state dict, or what a trainer saves, with the state dict in it.
-        source: As in `convert`.
-        facts: As in `convert`.
+        contents: the state dict, or what a trainer saves, with the state dict in it.
+        source: as in `convert`.
+        facts: as in `convert`.
     """
     wanted = None if source is None else _known_source(source)
     unwrapped = unwrap(contents, LAYOUTS)
@@ -147,7 +147,7 @@ def convert_state_dict(
     known = _known_facts(layout, facts or {}, unwrapped.beside)
     architecture, renamed = layout.convert(tensors, known)
     where = f"this checkpoint ({layout.source}, {layout.family})"
-    # what does not fit is found out before it takes memory
+    # What does not fit is found out before it takes memory.
     with torch.device("meta"):
         blank = architecture.build()
     weights = _fit(renamed, blank)
@@ -180,11 +180,11 @@ def export_state_dict(model: nn.Module, target: str) -> dict[str, Tensor]:
     """A model's weights as another project loads them.
 
     Args:
-        model: A model of this library.
+        model: a model of this library.
         target: `"timm"`.
 
     Raises:
-        UserError: The project has no such model, or computes it differently.
+        UserError: if the project has no such model, or computes it differently.
     """
     if target != "timm":
         raise UserError(f"There is no export to '{target}', only to timm.")
@@ -199,17 +199,17 @@ def write_run_directory(
     tokenizer: Any = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes a converted checkpoint as a run directory.
+    """Write a converted checkpoint as a run directory.
 
     Args:
-        conversion: What `convert_checkpoint` gives.
-        directory: Where to.
-        classes: The names of an image model's classes; numbers where they are not known.
-        tokenizer: A language model's tokenizer, to be put beside it.
-        overwrite: Replace a run that lies there.
+        conversion: what `convert_checkpoint` gives.
+        directory: where to.
+        classes: the names of an image model's classes; numbers where they are not known.
+        tokenizer: a language model's tokenizer, to be put beside it.
+        overwrite: replace a run that lies there.
 
     Raises:
-        UserError: There is a run already, or the names do not fit the model, or one is blank; or the run cannot be
+        UserError: if there is a run already, or the names do not fit the model, or one is blank; or the run cannot be
             written, and a former one is still there.
     """
     directory, model, architecture = Path(directory), conversion.model, conversion.architecture
@@ -225,7 +225,7 @@ def write_run_directory(
         raise UserError(f"The model has {architecture.num_classes} classes, but there are {len(names)} names.")
     if not all(map(str.strip, names)):
         raise UserError("One of the classes' names is blank.")
-    # as in ImageNet, where cranes lift and fly
+    # As in ImageNet, where cranes lift and fly.
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if repeated:
         _log.warning("more than one class is called %s", ", ".join(repeated[:8]))
@@ -234,11 +234,11 @@ def write_run_directory(
 
 
 def _replace(directory: Path, save: Callable[[], Container[str]]) -> None:
-    """Saves a run, then removes what is left of a former one, which stays as it is where there is no room."""
+    """Save a run, then remove what is left of a former one, which stays as it is where there is no room."""
     former = run_directory.former_run(directory)
     try:
         written = save()
-    # safetensors has an error of its own for a full disk
+    # safetensors has an error of its own for a full disk.
     except (OSError, SafetensorError) as error:
         raise UserError(f"{directory} cannot be written to: {first_line(error)}") from error
     run_directory.remove_unfinished(directory)
@@ -249,7 +249,7 @@ def _known_source(name: str) -> str:
     """A source by its name, however it is written.
 
     Raises:
-        UserError: There is none.
+        UserError: if there is none.
     """
     source = str(name).lower().replace("_", "-")
     if source not in SOURCES:

@@ -31,13 +31,13 @@ def read_json(path: Path) -> dict[str, Any]:
     """A configuration file.
 
     Raises:
-        UserError: It is too large, no JSON, or does not say what kind of model it describes.
+        UserError: if it is too large, no JSON, or does not say what kind of model it describes.
     """
     if path.stat().st_size > CONFIG_BYTES:
         raise UserError(f"{path} is no configuration: it has more than {CONFIG_BYTES:,} bytes.")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    # brackets without end nest too deep for the parser
+    # Brackets without end nest too deep for the parser.
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
@@ -47,10 +47,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_model_args(model_args: Mapping[str, Any]) -> None:
-    """Does nothing where these are arguments of an architecture alone.
+    """Check that these are arguments of an architecture alone.
 
     Raises:
-        UserError: One would have timm do something else, such as load a file; or is larger than any model's.
+        UserError: if one would have timm do something else, such as load a file; or is larger than any model's.
     """
     for name, value in model_args.items():
         if not isinstance(name, str) or name in _OF_THE_FACTORY:
@@ -60,10 +60,10 @@ def check_model_args(model_args: Mapping[str, Any]) -> None:
 
 
 def check_classifier(config: Mapping[str, Any], path: Path) -> None:
-    """Does nothing where this describes an image classifier and how images are prepared for it.
+    """Check that this describes an image classifier and how images are prepared for it.
 
     Raises:
-        UserError: It does not; the message names the entry.
+        UserError: if it does not; the message names the entry.
     """
     _require(path, "architecture", config.get("architecture"), lambda v: isinstance(v, str), "a model's name")
     classes = config.get("num_classes")
@@ -92,10 +92,10 @@ def check_classifier(config: Mapping[str, Any], path: Path) -> None:
 
 
 def check_language(config: Mapping[str, Any], path: Path) -> None:
-    """Does nothing where the classes that this names are numbered one by one.
+    """Check that the classes that this names are numbered one by one.
 
     Raises:
-        UserError: They are not.
+        UserError: if they are not.
     """
     _require(path, "id2label", config.get("id2label"), _is_none_or(_is_numbered), "names by number, from 0 on")
 
@@ -105,7 +105,7 @@ def at_most(parameters: int) -> Iterator[None]:
     """Inside, this thread may build modules with so many parameters: a file may ask for any number of layers.
 
     Raises:
-        UserError: There are more.
+        UserError: if there are more.
     """
     count, thread = 0, threading.get_ident()
 

@@ -22,11 +22,11 @@ class Fact:
     """Something about a model that its checkpoints do not store.
 
     Attributes:
-        name: What users call it.
-        help: What it says, and the values it takes.
-        parse: The value from what the user gave; raises ValueError for what is not allowed.
-        required: Whether it has to be given.
-        assumed: What holds where nobody gives it, in words, if that has to be said; `{model}` in them is the model.
+        name: what users call it.
+        help: what it says, and the values it takes.
+        parse: the value from what the user gave; raises ValueError for what is not allowed.
+        required: whether it has to be given.
+        assumed: what holds where nobody gives it, in words, if that has to be said; `{model}` in them is the model.
     """
 
     name: str
@@ -41,14 +41,14 @@ class Layout:
     """One way in which one project saves one kind of model.
 
     Attributes:
-        source: The project.
-        family: What it saves.
-        recognises: Whether tensors are of this layout, by their names (and shapes).
-        convert: From tensors and facts to the architecture and the tensors under this library's names, which may differ
+        source: the project.
+        family: what it saves.
+        recognises: whether tensors are of this layout, by their names (and shapes).
+        convert: from tensors and facts to the architecture and the tensors under this library's names, which may differ
             from the model's in dimensions of size one.
-        inferred: What `convert` infers, for the documentation.
-        facts: What it has to be told.
-        stored: Reads facts from what the trainer saves beside the weights.
+        inferred: what `convert` infers, for the documentation.
+        facts: what it has to be told.
+        stored: reads facts from what the trainer saves beside the weights.
     """
 
     source: str
@@ -64,7 +64,7 @@ def shape(tensors: Mapping[str, Tensor], name: str, *dims: int) -> tuple[int, ..
     """A tensor's shape.
 
     Raises:
-        UserError: It is missing or has another number of dimensions.
+        UserError: if it is missing or has another number of dimensions.
     """
     if name not in tensors:
         raise UserError(f"The weight '{name}' is missing.")
@@ -79,7 +79,7 @@ def count(tensors: Mapping[str, Tensor], prefix: str) -> int:
     """How many numbered modules there are under a prefix: `"blocks."` counts `blocks.0.…`, `blocks.1.…`.
 
     Raises:
-        UserError: Some number is left out.
+        UserError: if some number is left out.
     """
     pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
     found = {match[1] for name in tensors if (match := pattern.match(name))}
@@ -93,11 +93,11 @@ def rename(tensors: Mapping[str, Tensor], modules: Mapping[str, str]) -> Tensors
     """Every tensor under the new name of its module.
 
     Args:
-        tensors: The tensors, `module.parameter`.
-        modules: New names of modules by their old ones; every one of them has to hold tensors.
+        tensors: the tensors, `module.parameter`.
+        modules: new names of modules by their old ones; every one of them has to hold tensors.
 
     Raises:
-        UserError: A tensor belongs to none of the modules, or a module has no tensor.
+        UserError: if a tensor belongs to none of the modules, or a module has no tensor.
     """
     renamed, leftover = {}, []
     for name, tensor in tensors.items():
@@ -134,7 +134,7 @@ def square_image(tokens: int, patch_size: tuple[int, int], facts: Facts) -> tupl
     """The image size of a model with so many tokens: what the fact `img_size` says, else a square grid of patches.
 
     Raises:
-        UserError: The two do not agree, or no square grid has so many tokens.
+        UserError: if the two do not agree, or no square grid has so many tokens.
     """
     size = facts.get("img_size")
     if size is None:

@@ -132,7 +132,7 @@ def _paths(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def _multiply_out(tensors: Tensors, unit: str, blocks: int) -> bool:
-    """Puts a dense weight in place of the factors of a unit of `circulant_matrix=True`; returns whether it is one.
+    """Put a dense weight in place of the factors of a unit of `circulant_matrix=True`; return whether it is one.
 
     It has as many weights as biases. `W[i, j] = w[n − 1 − i + j] · pos_x[i] · pos_y[j]` for `j ≤ i`, else 0: lower
     triangular and, but for the positions, Toeplitz, not circulant. In float64, as in the original in float64.
@@ -170,7 +170,7 @@ def _language(tensors: Tensors, facts: Facts) -> tuple[LanguageArchitecture, Ten
         raise UserError("This model was made without num_tokens: it has no embedding, so it is no language model.")
     vocab_size, hidden_size = shape(tensors, f"{embedding}.weight", 2)
     blocks, tensors = _blocks(tensors)
-    # before 0.0.7 they return hidden states
+    # Before 0.0.7 they return hidden states.
     has_head = "to_logits.1.weight" in tensors
     inner = "model." if has_head else ""
     modules = {embedding: f"{inner}embed_tokens", **blocks.modules(f"{inner}layers")}
@@ -222,7 +222,7 @@ def _image(tensors: Tensors, facts: Facts) -> tuple[VisionArchitecture, Tensors]
         norm_eps=1e-5,
     )
     renamed = rename(tensors, {stem: "stem.proj", norm: "norm", head: "head", **blocks.modules("blocks")})
-    # a linear map of patches flattened as (channel, row, column) is the convolution
+    # A linear map of patches flattened as (channel, row, column) is the convolution.
     renamed["stem.proj.weight"] = renamed["stem.proj.weight"].reshape(embed_dim, in_chans, *patch_size)
     return replace(architecture, notes=blocks.notes), renamed
 

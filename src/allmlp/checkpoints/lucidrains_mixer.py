@@ -30,7 +30,7 @@ _BLOCK = {
 def _mixer(tensors: Tensors, facts: Facts) -> tuple[VisionArchitecture, Tensors]:
     embed_dim, pixels = shape(tensors, "1.weight", 2)
     in_chans, patch_size = patch_of(pixels, facts)
-    # rearrangement and patch embedding in front of the blocks; norm, mean and head behind them
+    # Rearrangement and patch embedding in front of the blocks; norm, mean and head behind them.
     blocks = len({name.split(".")[0] for name in tensors}) - 3
     token_hidden, tokens, _ = shape(tensors, "2.0.fn.0.weight", 3)
     architecture = vision_architecture(
@@ -50,7 +50,7 @@ def _mixer(tensors: Tensors, facts: Facts) -> tuple[VisionArchitecture, Tensors]
     for index in range(blocks):
         modules |= numbered(_BLOCK, f"{index + 2}", f"blocks.{index}")
     renamed = rename(tensors, modules)
-    # patches are flattened as (row, column, channel)
+    # Patches are flattened as (row, column, channel).
     weight = renamed["stem.proj.weight"].reshape(embed_dim, *patch_size, in_chans)
     renamed["stem.proj.weight"] = weight.permute(0, 3, 1, 2)
     return architecture, renamed

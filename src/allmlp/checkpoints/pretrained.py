@@ -23,8 +23,8 @@ class Pretrained:
     """A model with weights, and how to build it anew.
 
     Attributes:
-        architecture: What it takes to build it.
-        model: The model, in eval mode; an image model's `pretrained_cfg` says how images are prepared for it.
+        architecture: what it takes to build it.
+        model: the model, in eval mode; an image model's `pretrained_cfg` says how images are prepared for it.
     """
 
     architecture: Architecture
@@ -35,10 +35,10 @@ def find_pretrained(source: str | Path) -> Pretrained:
     """The model of a run directory, of a public checkpoint, or of timm.
 
     Args:
-        source: A run directory, a checkpoint file that stores all that has to be known, or `timm:` and a name of timm.
+        source: a run directory, a checkpoint file that stores all that has to be known, or `timm:` and a name of timm.
 
     Raises:
-        UserError: There is no such thing, or it cannot be used.
+        UserError: if there is no such thing, or it cannot be used.
     """
     if str(source).startswith(TIMM):
         found = from_timm(str(source).removeprefix(TIMM))
@@ -71,8 +71,8 @@ def from_timm(name: str, **arguments: Any) -> Conversion:
     """timm's own pretrained weights, downloaded and cached by timm and the Hub's client, as a model of this library.
 
     Args:
-        name: A gMLP, Mixer or ResMLP of timm with its tag, such as `"mixer_b16_224.goog_in21k_ft_in1k"`.
-        arguments: For `timm.create_model`, such as `pretrained_cfg_overlay` or `cache_dir`.
+        name: a gMLP, Mixer or ResMLP of timm with its tag, such as `"mixer_b16_224.goog_in21k_ft_in1k"`.
+        arguments: for `timm.create_model`, such as `pretrained_cfg_overlay` or `cache_dir`.
 
     Returns:
         The converted model; its `pretrained_cfg` says how images are prepared for these weights.

@@ -38,14 +38,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     as text, a `defaultdict` as a dictionary, NumPy arrays without their numbers.
 
     Args:
-        path: The file, or of a model in several files their index, `….index.json`.
+        path: the file, or of a model in several files their index, `….index.json`.
 
     Returns:
         The names at the top and what they hold; flat for safetensors and npz.
 
     Raises:
-        UserError: The file is missing, empty, of another format, corrupt or cut short, claims more data than it has, or
-            would run code; the message says which.
+        UserError: if the file is missing, empty, of another format, corrupt or cut short, claims more data than it has,
+            or would run code; the message says which.
     """
     path = Path(path)
     if path.is_dir():
@@ -65,7 +65,7 @@ def parts_of(index: str | Path) -> dict[str, list[str]]:
     """The files of a model in several, which lie beside their index, and the names of the weights in each.
 
     Raises:
-        UserError: It is no index of files beside it.
+        UserError: if it is no index of files beside it.
     """
     index = Path(index)
     try:
@@ -74,7 +74,7 @@ def parts_of(index: str | Path) -> dict[str, list[str]]:
         places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         if not all(isinstance(file, str) and Path(file).name == file for file in places.values()):
             raise ValueError("its weight_map names files elsewhere")
-    # what is no dictionary, too, and brackets without end
+    # What is no dictionary, too, and brackets without end.
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{index} is no index of a model's files: {first_line(error)}") from error
     parts: dict[str, list[str]] = {}
@@ -105,7 +105,7 @@ def _read_file(path: Path) -> dict[str, Any]:
         contents = _read_zip(path)
     elif start[8:9] == b"{" or path.suffix == ".safetensors":
         contents = _read_safetensors(path)
-    # a pickle of protocol 2 or later, as older versions of PyTorch write
+    # A pickle of protocol 2 or later, as older versions of PyTorch write.
     elif start[:1] == b"\x80":
         contents = _read_torch(path)
     else:
@@ -172,14 +172,14 @@ def _read_npz(path: Path) -> dict[str, torch.Tensor]:
 def _read_torch(path: Path, records: Counter[int] | None = None) -> Any:
     """What PyTorch saved; of a zip archive the sizes of the records are given, each the data of a tensor."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        # torch would build one of whatever size the file asks for
+        # torch would build one of whatever size the file asks for.
         if content.find(b"\nbytearray\n") >= 0:
             raise UserError(f"{path} is refused: it holds a bytearray, which may claim any size.")
     stand_ins: list[Any] = [(stand_in, name) for name, stand_in in _PLAIN_CONTAINERS.items()]
     with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
-            # mapped, a tensor that claims more than its record reaches into the file, not into other memory
+            # Mapped, a tensor that claims more than its record reaches into the file, not into other memory.
             contents = torch.load(path, map_location="cpu", weights_only=True, mmap=records is not None)
         # The bytes drive the unpickler, so a broken file can raise anything.
         except Exception as error:
@@ -211,7 +211,7 @@ def _storage_bytes(path: Path, contents: Any) -> Counter[int]:
     """The sizes of all tensors' data in containers of any depth, each memory once.
 
     Raises:
-        UserError: A tensor has something else than data of its own.
+        UserError: if a tensor has something else than data of its own.
     """
     storages: dict[int, int] = {}
     seen: set[int] = set()
@@ -240,7 +240,7 @@ def _storage_bytes(path: Path, contents: Any) -> Counter[int]:
 
 def _corrupt(path: Path, error: BaseException) -> UserError:
     text = str(error).strip()
-    # torch's first line advises to run whatever the file holds; the reason stands behind it
+    # torch's first line advises to run whatever the file holds; the reason stands behind it.
     text = text.partition("WeightsUnpickler error: ")[2] or text
     reason = text.splitlines()
     return UserError(f"{path} is corrupt or cut short ({reason[0] if reason else type(error).__name__}).")
@@ -266,7 +266,7 @@ class _NumpyDtype:
 
 
 def _numpy_scalar(dtype: _NumpyDtype, data: bytes) -> Any:
-    """Stands in for NumPy's rebuilding of a scalar."""
+    """Stand in for NumPy's rebuilding of a scalar."""
     return np.frombuffer(data, dtype.order + dtype.name, count=1)[0].item()
 
 
@@ -278,22 +278,22 @@ class _NumpyArray:
 
 
 def _numpy_array(*arguments: Any) -> _NumpyArray:
-    """Stands in for NumPy's making of an array that is then filled."""
+    """Stand in for NumPy's making of an array that is then filled."""
     return _NumpyArray()
 
 
 def _path(*parts: str) -> str:
-    """Stands in for pathlib's paths."""
+    """Stand in for pathlib's paths."""
     return str(PurePosixPath(*parts))
 
 
 def _dictionary(*factory: Any) -> dict[Any, Any]:
-    """Stands in for `collections.defaultdict`."""
+    """Stand in for `collections.defaultdict`."""
     return {}
 
 
 def _factory(*arguments: Any) -> None:
-    """Stands in for what a `defaultdict` would make its values of."""
+    """Stand in for what a `defaultdict` would make its values of."""
     raise ValueError("a built-in type would have to be called")
 
 

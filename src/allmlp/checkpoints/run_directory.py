@@ -62,10 +62,10 @@ def classifier(model: TimmModel, architecture: str, model_args: Mapping[str, Any
     """A timm model as transformers' image classifier, the same weights inside.
 
     Args:
-        model: The timm model; its `pretrained_cfg` says how images are prepared for it.
-        architecture: Its name in timm.
-        model_args: What `timm.create_model` needs beside the name and the number of classes.
-        classes: The classes' names, in the order of the outputs; none for a model without head.
+        model: the timm model; its `pretrained_cfg` says how images are prepared for it.
+        architecture: its name in timm.
+        model_args: what `timm.create_model` needs beside the name and the number of classes.
+        classes: the classes' names, in the order of the outputs; none for a model without head.
 
     Returns:
         `TimmWrapperForImageClassification`, or without classes `TimmWrapperModel`.
@@ -80,11 +80,11 @@ def classifier(model: TimmModel, architecture: str, model_args: Mapping[str, Any
         "pretrained_cfg": _plain({**model.pretrained_cfg, "label_names": None}),
     }
     config = TimmWrapperConfig.from_dict(described)
-    # on the meta device, since transformers would initialise the weights anew
+    # On the meta device, since transformers would initialise the weights anew.
     with torch.device("meta"):
         wrapped = TimmWrapperForImageClassification(config) if classes else TimmWrapperModel(config)
     wrapped.timm_model = model
-    # what FSDP gathers one at a time
+    # What FSDP gathers one at a time.
     wrapped._no_split_modules = sorted({type(block).__name__ for block in getattr(model, "blocks", ())})
     return wrapped
 
@@ -95,11 +95,11 @@ def plain_state_dict(wrapped: nn.Module) -> dict[str, Tensor]:
 
 
 def save_classifier(wrapped: Any, directory: str | Path) -> list[str]:
-    """Writes `config.json` and `model.safetensors`, each all at once and only if there is room for both.
+    """Write `config.json` and `model.safetensors`, each all at once and only if there is room for both.
 
     Args:
-        wrapped: What `classifier` gives.
-        directory: The run directory; made where it is missing.
+        wrapped: what `classifier` gives.
+        directory: the run directory; made where it is missing.
 
     Returns:
         The files' names.
@@ -107,7 +107,7 @@ def save_classifier(wrapped: Any, directory: str | Path) -> list[str]:
     directory = Path(directory)
     weights = {name: tensor.contiguous() for name, tensor in plain_state_dict(wrapped).items()}
     wrapped.config.architectures = [type(wrapped).__name__]
-    # the configuration last, which makes it a run directory
+    # The configuration last, which makes it a run directory.
     with atomic_path(directory / CONFIG) as config, atomic_path(directory / WEIGHTS) as temporary:
         config.write_text(wrapped.config.to_json_string(use_diff=True), encoding="utf-8")
         save_file(weights, temporary, metadata={"format": "pt"})
@@ -115,12 +115,12 @@ def save_classifier(wrapped: Any, directory: str | Path) -> list[str]:
 
 
 def save_language(directory: str | Path, model: Any, tokenizer: Any = None) -> list[str]:
-    """Writes a language model and its tokenizer as transformers saves them, each file all at once.
+    """Write a language model and its tokenizer as transformers saves them, each file all at once.
 
     Args:
-        directory: The run directory; made where it is missing.
-        model: A model of `allmlp.language`.
-        tokenizer: A tokenizer of transformers.
+        directory: the run directory; made where it is missing.
+        model: a model of `allmlp.language`.
+        tokenizer: a tokenizer of transformers.
 
     Returns:
         The files' names.
@@ -133,7 +133,7 @@ def save_language(directory: str | Path, model: Any, tokenizer: Any = None) -> l
             save_tokenizer(temporary, tokenizer, model.config)
         for path in Path(temporary).iterdir():
             to_disk(path)
-        # the configuration last, which makes it a run directory
+        # The configuration last, which makes it a run directory.
         written = sorted(Path(temporary).iterdir(), key=lambda path: path.name == CONFIG)
         for path in written:
             os.replace(path, directory / path.name)
@@ -141,19 +141,19 @@ def save_language(directory: str | Path, model: Any, tokenizer: Any = None) -> l
 
 
 def save_tokenizer(directory: str | Path, tokenizer: Any, config: Any) -> None:
-    """Writes a tokenizer as transformers saves it, for a language model of this configuration."""
+    """Write a tokenizer as transformers saves it, for a language model of this configuration."""
     if tokenizer.is_fast:
-        # it would be saved with the padding and the length of the last call
+        # It would be saved with the padding and the length of the last call.
         tokenizer.backend_tokenizer.no_padding()
         tokenizer.backend_tokenizer.no_truncation()
     if config.spatial_weight == "dense":
-        # what pipelines cut texts to
+        # What pipelines cut texts to.
         tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
     tokenizer.save_pretrained(directory)
 
 
 def save_metrics(directory: str | Path, metrics: Mapping[str, Any]) -> None:
-    """Writes `metrics.json` all at once."""
+    """Write `metrics.json` all at once."""
     write_json(Path(directory) / METRICS, metrics)
 
 
@@ -161,7 +161,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     """A run directory's `config.json`.
 
     Raises:
-        UserError: It is no run directory; the message says what is there instead.
+        UserError: if it is no run directory; the message says what is there instead.
     """
     directory = Path(directory)
     path = directory / CONFIG
@@ -178,7 +178,7 @@ def task(source: str | Path) -> str:
     """What the model of a run directory does, by transformers' name, such as `image-classification`.
 
     Raises:
-        UserError: It is no run directory, or its model does nothing by itself.
+        UserError: if it is no run directory, or its model does nothing by itself.
     """
     config = read_config(source)
     if config["model_type"] == VISION:
@@ -202,13 +202,13 @@ def load(
     are what was evaluated there.
 
     Args:
-        source: A run directory or one of its checkpoints.
-        img_size: Another image size in pixels than the one it was trained at, one number or (height, width); weights
+        source: a run directory or one of its checkpoints.
+        img_size: another image size in pixels than the one it was trained at, one number or (height, width); weights
             that belong to positions are resampled (docs/resolution.md).
-        patch_kernel: Pixels that a patch sees there; the model's own where None.
+        patch_kernel: pixels that a patch sees there; the model's own where None.
 
     Raises:
-        UserError: It is no run directory, its architecture is unknown, config and weights do not match, or the model
+        UserError: if it is no run directory, its architecture is unknown, config and weights do not match, or the model
             cannot take images of that size.
     """
     config = read_config(source)
@@ -267,7 +267,7 @@ def load_language(directory: str | Path, config: Mapping[str, Any]) -> Any:
     if found:
         raise UserError(f"The weights of {directory} do not match the model.\n  " + "\n  ".join(found))
     if weights[0].name == AVERAGED:
-        # tied weights stand in it once
+        # Tied weights stand in it once.
         model.load_state_dict(_state(weights), strict=False)
     return model.eval()
 
@@ -287,7 +287,7 @@ def load_classifier(directory: str | Path, config: Mapping[str, Any]) -> TimmMod
     try:
         require_architecture(config["architecture"])
         shapes = _shapes(weights)
-        # what does not fit is found out before it takes memory
+        # What does not fit is found out before it takes memory.
         with torch.device("meta"), description.at_most(_allowed(shapes)):
             blank = build()
     except UserError as error:
@@ -304,9 +304,9 @@ def create_model(architecture: str, model_args: Mapping[str, Any], **settings: A
     """`timm.create_model` with a clear message.
 
     Args:
-        architecture: The model's name.
-        model_args: Arguments of the architecture; they may come from strangers.
-        settings: Further arguments of `timm.create_model`.
+        architecture: the model's name.
+        model_args: arguments of the architecture; they may come from strangers.
+        settings: further arguments of `timm.create_model`.
 
     Raises:
         UserError: timm knows no such model (the nearest names are offered), or the model no such argument.
@@ -315,7 +315,7 @@ def create_model(architecture: str, model_args: Mapping[str, Any], **settings: A
     description.check_model_args(model_args)
     try:
         return timm.create_model(architecture, **settings, **model_args)
-    # the arguments drive the constructors of any architecture
+    # The arguments drive the constructors of any architecture.
     except Exception as error:
         reason = str(error)
         twice = re.search(r"multiple values for keyword argument '(\w+)'", reason)
@@ -328,24 +328,24 @@ def create_model(architecture: str, model_args: Mapping[str, Any], **settings: A
 
 
 def require_architecture(name: str, also: Iterable[str] = ()) -> None:
-    """Does nothing where timm knows a model of this name.
+    """Check that timm knows a model of this name.
 
     Args:
-        name: What has been asked for.
-        also: Names to offer beside timm's.
+        name: what has been asked for.
+        also: names to offer beside timm's.
 
     Raises:
-        UserError: It does not; the nearest names are offered.
+        UserError: if it does not; the nearest names are offered.
     """
     if not timm.is_model(name.split(".")[0]):
         raise UserError(f"There is no model '{name}'.{nearest(name, [*also, *timm.list_models()])}")
 
 
 def load_weights(model: TimmModel, state: Mapping[str, Tensor], where: str) -> None:
-    """Loads weights, all of them and no others.
+    """Load weights, all of them and no others.
 
     Raises:
-        UserError: Model and weights do not match; the message lists what is missing, unexpected or of another shape.
+        UserError: if model and weights do not match; the message lists what is missing, unexpected or of another shape.
     """
     check_shapes(model, {name: list(tensor.shape) for name, tensor in state.items()}, where)
     model.load_state_dict(state)
@@ -359,10 +359,10 @@ def widest(tensors: Mapping[str, Tensor]) -> torch.dtype:
 def check_shapes(
     model: nn.Module, shapes: Mapping[str, Sequence[int]], where: str, shared: Container[str] = ()
 ) -> None:
-    """Does nothing where weights of these shapes can be loaded; `shared` ones may be missing, others stand for them.
+    """Check that weights of these shapes can be loaded; `shared` ones may be missing, others stand for them.
 
     Raises:
-        UserError: As `load_weights`.
+        UserError: as `load_weights`.
     """
     wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     problems = {
@@ -380,15 +380,15 @@ def check_shapes(
 
 
 def require_same_model(checkpoint: Path, model: Any, tokenizer: Any = None) -> None:
-    """Does nothing where a training of this model can go on from a checkpoint.
+    """Check that a training of this model can go on from a checkpoint.
 
     Args:
-        checkpoint: A checkpoint of a run.
-        model: A transformers model, `classifier`'s for images.
-        tokenizer: A language model's.
+        checkpoint: a checkpoint of a run.
+        model: a transformers model, `classifier`'s for images.
+        tokenizer: a language model's.
 
     Raises:
-        UserError: The weights are of other shapes, or the classes or tokens others.
+        UserError: if the weights are of other shapes, or the classes or tokens others.
     """
     if (checkpoint / WEIGHTS).is_file():
         shared = getattr(model, "all_tied_weights_keys", None) or ()
@@ -421,7 +421,7 @@ def former_run(directory: str | Path) -> list[Path]:
 
 
 def remove(paths: Iterable[Path], keep: Container[str] = ()) -> None:
-    """Removes a former run's files and folders; `keep` names those that a new one has replaced."""
+    """Remove a former run's files and folders; `keep` names those that a new one has replaced."""
     for path in paths:
         if path.name in keep:
             continue
@@ -432,7 +432,7 @@ def remove(paths: Iterable[Path], keep: Container[str] = ()) -> None:
 
 
 def remove_unfinished(directory: str | Path) -> None:
-    """Removes what was being written, or being removed, when a former run ended all of a sudden."""
+    """Remove what was being written, or being removed, when a former run ended all of a sudden."""
     for place in (Path(directory), Path(directory) / REPORT):
         for path in place.glob(f"*{UNFINISHED}"):
             shutil.rmtree(path, ignore_errors=True)
@@ -455,7 +455,7 @@ def _shapes(weights: Sequence[Path]) -> dict[str, list[int]]:
         try:
             with safe_open(path, "pt") as file:
                 shapes |= {name.removeprefix(_PREFIX): file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-        # safetensors has one exception of its own for every broken file
+        # safetensors has one exception of its own for every broken file.
         except Exception as error:
             raise UserError(f"{path} cannot be read: {error}") from error
     return shapes
@@ -467,7 +467,7 @@ def _state(weights: Sequence[Path]) -> dict[str, Tensor]:
 
 
 def _allowed(shapes: Mapping[str, Any]) -> int:
-    # modules may make some weights more than once
+    # Modules may make some weights more than once.
     return 4 * len(shapes) + 1000
 
 

@@ -99,7 +99,7 @@ def export(model: nn.Module) -> Tensors:
     """A model's weights under timm's names and in its shapes.
 
     Args:
-        model: A `GMLP`, `Mixer` or `ResMLP`.
+        model: a `GMLP`, `Mixer` or `ResMLP`.
 
     Returns:
         What timm's model of the same sizes loads, to compute the same.

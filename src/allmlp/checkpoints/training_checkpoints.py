@@ -25,8 +25,8 @@ def last_checkpoint(directory: str | Path, also: Sequence[str] = ()) -> Path | N
     """The newest checkpoint in a run directory that a training can go on from, if there is one.
 
     Args:
-        directory: The run directory.
-        also: Names of files that have to be in it beside `STATE`.
+        directory: the run directory.
+        also: names of files that have to be in it beside `STATE`.
     """
     needed = (STATE, *also)
     complete = [path for path in checkpoints_in(directory) if all((path / name).is_file() for name in needed)]
@@ -34,10 +34,10 @@ def last_checkpoint(directory: str | Path, also: Sequence[str] = ()) -> Path | N
 
 
 def require_readable(checkpoint: Path) -> None:
-    """Does nothing where each file of a checkpoint can be read.
+    """Check that each file of a checkpoint can be read.
 
     Raises:
-        UserError: One is damaged, or holds what would have to be run.
+        UserError: if one is damaged, or holds what would have to be run.
     """
     for path in sorted(checkpoint.iterdir()):
         try:
@@ -47,10 +47,10 @@ def require_readable(checkpoint: Path) -> None:
                 with safe_open(path, framework="pt"):
                     pass
             elif path.suffix in (".pt", ".pth"):
-                # what the Trainer reads, as it reads it; mapped, so that no tensor is read yet
+                # What the Trainer reads, as it reads it; mapped, so that no tensor is read yet.
                 with safe_globals():
                     torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        # a damaged file fails anywhere in a parser
+        # A damaged file fails anywhere in a parser.
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0]
             raise UserError(
@@ -69,11 +69,11 @@ def unfinished_checkpoint(directory: str | Path, step: int) -> Path:
 
 
 def publish_checkpoint(directory: str | Path, step: int) -> Path:
-    """Gives a complete checkpoint its name, in one move that a crash cannot cut in two.
+    """Give a complete checkpoint its name, in one move that a crash cannot cut in two.
 
     Args:
-        directory: The run directory.
-        step: The optimiser step; the checkpoint lies where `unfinished_checkpoint` says.
+        directory: the run directory.
+        step: the optimiser step; the checkpoint lies where `unfinished_checkpoint` says.
 
     Returns:
         The checkpoint.
@@ -91,12 +91,12 @@ def publish_checkpoint(directory: str | Path, step: int) -> Path:
 
 
 def rotate_checkpoints(directory: str | Path, keep: int, best: int | None = None) -> None:
-    """Removes all checkpoints but the newest and the best, each of them at once.
+    """Remove all checkpoints but the newest and the best, each of them at once.
 
     Args:
-        directory: The run directory.
-        keep: How many of the newest stay.
-        best: The step of the one that stays in any case.
+        directory: the run directory.
+        keep: how many of the newest stay.
+        best: the step of the one that stays in any case.
     """
     for checkpoint in checkpoints_in(directory)[:-keep]:
         if checkpoint_step(checkpoint) != best:
@@ -115,7 +115,7 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 
 def _remove_at_once(checkpoint: Path) -> None:
-    # it loses its name first, since files vanish one by one
+    # It loses its name first, since files vanish one by one.
     grave = checkpoint.with_name(UNFINISHED) / f"{checkpoint.name}.removed"
     grave.parent.mkdir(exist_ok=True)
     os.replace(checkpoint, grave)

@@ -41,10 +41,10 @@ class Unwrapped:
     """Weights without their wrapping.
 
     Attributes:
-        layout: Whose they are.
-        tensors: The state dict.
-        beside: What the file holds beside it, such as the trainer's configuration.
-        notes: What was chosen and what was left out, a sentence each.
+        layout: whose they are.
+        tensors: the state dict.
+        beside: what the file holds beside it, such as the trainer's configuration.
+        notes: what was chosen and what was left out, a sentence each.
     """
 
     layout: Layout
@@ -80,14 +80,14 @@ class _Found:
 
 
 def unwrap(contents: Mapping[str, Any], layouts: Sequence[Layout]) -> Unwrapped:
-    """Finds the weights in what a checkpoint file holds.
+    """Find the weights in what a checkpoint file holds.
 
     Args:
-        contents: As `read_checkpoint` gives them.
-        layouts: Those that are known.
+        contents: as `read_checkpoint` gives them.
+        layouts: those that are known.
 
     Raises:
-        UserError: There are no weights of these layouts in it, or several sets of them, none by a usual name.
+        UserError: if there are no weights of these layouts in it, or several sets of them, none by a usual name.
     """
     found: list[_Found] = []
     most: Tensors = {}
@@ -122,10 +122,10 @@ def unwrap(contents: Mapping[str, Any], layouts: Sequence[Layout]) -> Unwrapped:
 
 
 def check_weights(tensors: Mapping[str, Tensor]) -> None:
-    """Does nothing where all tensors are plain weights.
+    """Check that all tensors are plain weights.
 
     Raises:
-        UserError: One is not dense, not floating point, has no numbers or fewer than its shape says.
+        UserError: if one is not dense, not floating point, has no numbers or fewer than its shape says.
     """
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.is_meta or not tensor.is_floating_point():
@@ -158,7 +158,7 @@ def _state_dicts(contents: Mapping[str, Any]) -> Iterator[tuple[tuple[Any, ...],
 
 
 def _may_be_weight(name: Any, value: Any) -> bool:
-    # single numbers are counters and the like
+    # Single numbers are counters and the like.
     return isinstance(name, str) and isinstance(value, Tensor) and value.dim() > 0
 
 

@@ -39,13 +39,13 @@ class BatchMaker:
     of one size, keeps its place with pixels of 0 and a label that does not count.
 
     Args:
-        transform: From a PIL image to uint8 pixels of the model's size.
-        mean: Subtracted from the pixels (after scaling them to 0…1), per channel.
-        std: Divides them then, per channel.
+        transform: from a PIL image to uint8 pixels of the model's size.
+        mean: subtracted from the pixels (after scaling them to 0…1), per channel.
+        std: divides them then, per channel.
         mix: mixup and cutmix, drawn once per batch; a batch of odd length stays as it is.
-        erase: Erases rectangles of the normalised images.
-        seed: Seed of the augmentation; None leaves the random state alone, for a transform without chance.
-        strict: Raise at an image found broken, instead of making its batch without it.
+        erase: erases rectangles of the normalised images.
+        seed: seed of the augmentation; None leaves the random state alone, for a transform without chance.
+        strict: raise at an image found broken, instead of making its batch without it.
     """
 
     def __init__(
@@ -66,14 +66,14 @@ class BatchMaker:
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Draws other augmentations from here on."""
+        """Draw other augmentations from here on."""
         self.epoch = epoch
 
     def make_batch(self, images: Sequence[tuple[int, Source, int, str]]) -> tuple[dict[str, Any], list[int]]:
         """A batch of images; and the numbers of those that cannot be read.
 
         Args:
-            images: Each as its number, itself, its class and its name. Of no images the batch is one blank image whose
+            images: each as its number, itself, its class and its name. Of no images the batch is one blank image whose
                 label does not count.
 
         Raises:
@@ -123,7 +123,7 @@ class BatchMaker:
             key = hash((self.seed, self.epoch, int(number), purpose)) % 2**63
             random.seed(key)
             np.random.seed(key % 2**32)  # noqa: NPY002 timm's mixup draws from it
-            # not torch.manual_seed, which would also set the accelerator's, where dropout draws
+            # Not torch.manual_seed, which would also set the accelerator's, where dropout draws.
             torch.default_generator.manual_seed(key)
 
 
@@ -131,15 +131,15 @@ class ImageBatches(BatchMaker, Dataset):
     """A data set whose batch is made in one go: `__getitems__(indices)` gives it as `BatchMaker` says.
 
     Args:
-        images: The images and their classes.
-        transform: From a PIL image to uint8 pixels of the model's size.
-        settings: Further arguments of `BatchMaker`.
+        images: the images and their classes.
+        transform: from a PIL image to uint8 pixels of the model's size.
+        settings: further arguments of `BatchMaker`.
     """
 
     def __init__(self, images: LabelledImages, transform: ImageTransform, **settings: Any):
         super().__init__(transform, **settings)
         self.images = images
-        # shared with the worker processes, which are the ones to find out
+        # Shared with the worker processes, which are the ones to find out.
         self.broken = torch.zeros(len(images), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
@@ -182,12 +182,12 @@ def training_transform(
     """timm's augmentation for a model's `pretrained_cfg`.
 
     Args:
-        cfg: Gives `input_size` (C, H, W), `interpolation` and `mean`.
+        cfg: gives `input_size` (C, H, W), `interpolation` and `mean`.
         crop: `resized` crops a random area and aspect ratio and resizes it; `padded` resizes the image, pads it with an
             eighth of its size and crops at random, which is a random shift.
-        crop_scale: Smallest share of the area that a resized crop keeps.
-        hflip: Probability of a horizontal flip.
-        color_jitter: Strength of brightness, contrast and saturation jitter.
+        crop_scale: smallest share of the area that a resized crop keeps.
+        hflip: probability of a horizontal flip.
+        color_jitter: strength of brightness, contrast and saturation jitter.
         auto_augment: timm's policy string.
 
     Raises:
@@ -232,7 +232,7 @@ class _Bounded:
 
 
 def _keep_a_bit(transform: ImageTransform) -> None:
-    # timm's posterize goes down to 0 bits, which Pillow 13 refuses
+    # timm's posterize goes down to 0 bits, which Pillow 13 refuses.
     for step in transform.transforms:
         policies = [getattr(step, "ops", []), *getattr(step, "policy", [])]
         for operation in (operation for policy in policies for operation in policy):
@@ -250,7 +250,7 @@ class _posterized:
 
 @contextlib.contextmanager
 def _random_state_kept() -> Iterator[None]:
-    """Puts all three random states that transforms draw from back afterwards."""
+    """Put all three random states that transforms draw from back afterwards."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 timm's mixup draws from it
     try:
         yield

@@ -31,10 +31,10 @@ Found = tuple[tuple[str, ...], dict[str, LabelledImages]]
 
 
 def find(data: str, image_column: str | None = None, label_column: str | None = None) -> Found:
-    """Recognises what `data` names and lists its images; see `allmlp.data.images.load_images`.
+    """Recognise what `data` names and list its images; see `allmlp.data.images.load_images`.
 
     Raises:
-        UserError: There is no such data, it has no labelled images, or a column is named and it is no table.
+        UserError: if there is no such data, it has no labelled images, or a column is named and it is no table.
     """
     columns = {"image_column": image_column, "label_column": label_column}
     if data == DIGITS:
@@ -74,7 +74,7 @@ def folder(path: Path) -> Found:
     """A folder of class folders, or one that holds such folders for training and, maybe, for validation.
 
     Raises:
-        UserError: There are no class folders, or one of them holds no file; or validation has a class of its own.
+        UserError: if there are no class folders, or one of them holds no file; or validation has a class of its own.
     """
     inside = {child.name.lower(): child for child in path.iterdir() if child.is_dir()}
     roots = {"train": next((inside[name] for name in TRAIN_NAMES if name in inside), path)}
@@ -107,7 +107,7 @@ def hub(name: str, image_column: str | None, label_column: str | None) -> Found:
     """A dataset of the Hugging Face Hub, downloaded once into its cache.
 
     Raises:
-        UserError: It cannot be loaded, or has no labelled images.
+        UserError: if it cannot be loaded, or has no labelled images.
     """
     import datasets
 
@@ -126,7 +126,7 @@ def table(files: Mapping[str, Sequence[str]], data: str, image_column: str | Non
     """Shards with a column of encoded images and one of classes; those of tar files are copied into datasets' cache.
 
     Raises:
-        UserError: They cannot be read, or have no such columns.
+        UserError: if they cannot be read, or have no such columns.
     """
     import datasets
 
@@ -216,7 +216,7 @@ def shards_to_stream(data: str, streaming: bool) -> dict[str, tuple[str, ...]]:
     """The shards that `data` names and that are to be read one by one: tar files always, parquet files if asked for.
 
     Raises:
-        UserError: Streaming is asked for, and there are no shards.
+        UserError: if streaming is asked for, and there are no shards.
     """
     path = Path(data).expanduser()
     found = find_shards(data)
@@ -231,7 +231,7 @@ def hub_shards(name: str) -> dict[str, tuple[str, ...]]:
     """The addresses of a Hub dataset's shards, by split.
 
     Raises:
-        UserError: It cannot be found, or has no shards.
+        UserError: if it cannot be found, or has no shards.
     """
     import datasets
 
@@ -252,7 +252,7 @@ def streamed(files: Sequence[str], data: str, image_column: str | None, label_co
     Classes come from the column's type, from `classnames.txt` beside the shards, or from looking at all labels.
 
     Raises:
-        UserError: They cannot be read, or have no such columns.
+        UserError: if they cannot be read, or have no such columns.
     """
     import datasets
 
@@ -284,7 +284,7 @@ def broken_shard(files: Iterable[str | Path]) -> str | Path | None:
     for file in files:
         try:
             parquet.read_metadata(file)
-        # whatever is wrong with it, it is this one
+        # Whatever is wrong with it, it is this one.
         except Exception:
             return file
     return None

@@ -18,12 +18,12 @@ class ImageStream(BatchMaker, IterableDataset):
     encoded, so that memory does not grow with the data.
 
     Args:
-        images: The images and their classes.
-        transform: From a PIL image to uint8 pixels of the model's size.
-        share: What this process takes.
-        buffer: Images that each worker shuffles at a time.
-        seed: Seed of the order and of the augmentation.
-        settings: Further arguments of `BatchMaker`.
+        images: the images and their classes.
+        transform: from a PIL image to uint8 pixels of the model's size.
+        share: what this process takes.
+        buffer: images that each worker shuffles at a time.
+        seed: seed of the order and of the augmentation.
+        settings: further arguments of `BatchMaker`.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class ImageStream(BatchMaker, IterableDataset):
     ):
         super().__init__(transform, seed=seed, **settings)
         self.images, self.share, self.buffer = images, share, buffer
-        # shared with the worker processes, which are the ones to find out
+        # Shared with the worker processes, which are the ones to find out.
         self.broken = torch.zeros(len(images), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:

@@ -24,10 +24,10 @@ class ImageData:
     """A data set cut into what is learnt from and what is held out.
 
     Attributes:
-        classes: The classes' names; a label is an index into them.
-        train: What is learnt from; where it streams, its shards.
-        validation: What is held out.
-        unreadable: Names of the images left out because they could not be read, each with the reason.
+        classes: the classes' names; a label is an index into them.
+        train: what is learnt from; where it streams, its shards.
+        validation: what is held out.
+        unreadable: names of the images left out because they could not be read, each with the reason.
     """
 
     classes: tuple[str, ...]
@@ -49,7 +49,7 @@ def image_mode(channels: int) -> str:
     """How Pillow names images of so many channels.
 
     Raises:
-        UserError: It has no such images.
+        UserError: if it has no such images.
     """
     modes = {1: "L", 3: "RGB"}
     if channels not in modes:
@@ -71,12 +71,12 @@ def load_images(
     """The data to train on, with something held out; arguments and errors as those of `read_images`, and:
 
     Args:
-        holdout: Share of each class held out where the data has no validation split of its own.
-        seed: Seed of that cut.
-        streaming: Read what is learnt from shard by shard as it is needed; tar files always are.
+        holdout: share of each class held out where the data has no validation split of its own.
+        seed: seed of that cut.
+        streaming: read what is learnt from shard by shard as it is needed; tar files always are.
 
     Raises:
-        UserError: There are fewer than two classes, a class has too few images, or a stream has no validation split.
+        UserError: if there are fewer than two classes, a class has too few images, or a stream has no validation split.
     """
     shards = image_sources.shards_to_stream(data, streaming)
     if shards:
@@ -136,7 +136,7 @@ def read_images(
     image_column: str | None = None,
     label_column: str | None = None,
 ) -> ImageSplits:
-    """Finds the data and reads it once, leaving out what cannot be read.
+    """Find the data and read it once, leaving out what cannot be read.
 
     Images that fit into `MEMORY_LIMIT` bytes are decoded now and kept; of larger data only each image's header is read.
 
@@ -145,12 +145,12 @@ def read_images(
             `train` and `val`), a parquet file, a folder of them, or a Hub dataset's name, `owner/name` or
             `owner/name:configuration`.
         channels: 3 for colour, 1 for grey.
-        strict: Raise at the first unreadable image instead of leaving it out with a warning.
-        image_column: Column of the images in a table; found by its type where not given.
-        label_column: Column of the classes in a table; found by its type or name where not given.
+        strict: raise at the first unreadable image instead of leaving it out with a warning.
+        image_column: column of the images in a table; found by its type where not given.
+        label_column: column of the classes in a table; found by its type or name where not given.
 
     Raises:
-        UserError: There is no such data, or it has no images or no classes.
+        UserError: if there is no such data, or it has no images or no classes.
         UnreadableImage: `strict`, and an image cannot be read.
     """
     mode = image_mode(channels)
@@ -168,12 +168,12 @@ def read_images(
 
 
 def read_all(images: LabelledImages, mode: str, strict: bool = False) -> tuple[LabelledImages, dict[str, str]]:
-    """Reads every image once.
+    """Read every image once.
 
     Args:
-        images: The images as they lie there.
+        images: the images as they lie there.
         mode: `RGB` or `L`.
-        strict: Raise at the first unreadable image.
+        strict: raise at the first unreadable image.
 
     Returns:
         The readable images, decoded where they fit into `MEMORY_LIMIT` bytes together; and the names of the others,

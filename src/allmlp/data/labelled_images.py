@@ -39,9 +39,9 @@ class LabelledImages:
     """Images, their classes and where they came from, in one order.
 
     Attributes:
-        sources: The images as they lie there; `decode` reads one.
-        labels: Index of each image's class.
-        names: A name for each image: its file, or its row.
+        sources: the images as they lie there; `decode` reads one.
+        labels: index of each image's class.
+        names: a name for each image: its file, or its row.
     """
 
     sources: Sequence[Any] | np.ndarray
@@ -79,11 +79,11 @@ def decode(source: Source, mode: str = "RGB") -> Image.Image:
     Of 16 bits a channel the upper eight are taken; transparency is left out.
 
     Args:
-        source: A file, an encoded image as parquet files hold it, or pixels.
+        source: a file, an encoded image as parquet files hold it, or pixels.
         mode: `RGB` or `L` (grey).
 
     Raises:
-        UnreadableImage: It is no image of `FORMATS`, a broken one, or one beyond `PIXEL_LIMIT` or `RATIO_LIMIT`; the
+        UnreadableImage: if it is no image of `FORMATS`, a broken one, or one beyond `PIXEL_LIMIT` or `RATIO_LIMIT`; the
             message gives the reason.
     """
     if isinstance(source, np.ndarray):
@@ -98,10 +98,10 @@ def decode(source: Source, mode: str = "RGB") -> Image.Image:
 
 
 def read_header(source: Source) -> None:
-    """Looks whether this begins like an image, without reading its pixels.
+    """Check that this begins like an image, without reading its pixels.
 
     Raises:
-        UnreadableImage: It does not, or it is beyond `PIXEL_LIMIT` or `RATIO_LIMIT`.
+        UnreadableImage: if it does not, or it is beyond `PIXEL_LIMIT` or `RATIO_LIMIT`.
     """
     if not isinstance(source, np.ndarray):
         with _opened(source):
@@ -115,7 +115,7 @@ def _opened(source: str | Path | dict[str, Any] | None) -> Iterator[Image.Image]
         file = io.BytesIO(source["bytes"]) if source.get("bytes") else source.get("path")
     if file is None:
         raise UnreadableImage("the record is empty")
-    # a pipe or a device would be waited for
+    # A pipe or a device would be waited for.
     if isinstance(file, (str, Path)) and not Path(file).is_file():
         raise UnreadableImage("not a file" if Path(file).exists() else "there is no such file")
     try:
@@ -123,7 +123,7 @@ def _opened(source: str | Path | dict[str, Any] | None) -> Iterator[Image.Image]
             yield image
     except UnreadableImage:
         raise
-    # the readers of the many formats raise whatever their parsing runs into
+    # The readers of the many formats raise whatever their parsing runs into.
     except Exception as error:
         raise _unreadable(error) from error
 
@@ -136,7 +136,7 @@ def _open(file: Any) -> Image.Image:
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise _too_large() from error
     width, height = image.size
-    # a tile of TIFF is unpacked as a whole, however small the image
+    # A tile of TIFF is unpacked as a whole, however small the image.
     tags = getattr(image, "tag_v2", {})
     tile = tags.get(TiffImagePlugin.TILEWIDTH, 0) * tags.get(TiffImagePlugin.TILELENGTH, 0)
     if max(width * height, tile) > PIXEL_LIMIT:

@@ -14,13 +14,13 @@ IGNORED = -100
 
 
 def hold_out(labels: Int[np.ndarray, " examples"], share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cuts labelled examples in two, class by class, the same way for the same seed.
+    """Cut labelled examples in two, class by class, the same way for the same seed.
 
     Args:
-        labels: Their classes, at least two of each.
-        share: Part of them held out: of each class as near to it as whole numbers allow, and in all at least as many,
+        labels: their classes, at least two of each.
+        share: part of them held out: of each class as near to it as whole numbers allow, and in all at least as many,
             and left over, as there are classes.
-        seed: Seed of the cut.
+        seed: seed of the cut.
 
     Returns:
         The places of what is kept and of what is held out, in order.
@@ -41,11 +41,11 @@ class ShuffledBatches(Sampler[list[int]]):
     many. A round therefore holds the same examples on one process as on several with smaller batches in proportion.
 
     Args:
-        size: Examples in all.
-        batch_size: Examples of a process and round.
-        seed: Seed of the order.
-        process: This process's number.
-        processes: How many there are.
+        size: examples in all.
+        batch_size: examples of a process and round.
+        seed: seed of the order.
+        process: this process's number.
+        processes: how many there are.
     """
 
     def __init__(self, size: int, batch_size: int, *, seed: int, process: int = 0, processes: int = 1):

@@ -32,9 +32,9 @@ class Row:
     """An example of a shard.
 
     Attributes:
-        number: Its place among all examples, shard after shard.
-        name: Where it lies, for messages.
-        values: Its columns; of a tar file its members by their endings, in bytes.
+        number: its place among all examples, shard after shard.
+        name: where it lies, for messages.
+        values: its columns; of a tar file its members by their endings, in bytes.
     """
 
     number: int
@@ -47,9 +47,9 @@ class Shards:
     """Shards of one kind and how many examples each holds.
 
     Attributes:
-        files: Paths or addresses.
-        sizes: Examples of each.
-        columns: What is read of an example; of a tar file all of it is.
+        files: paths or addresses.
+        sizes: examples of each.
+        columns: what is read of an example; of a tar file all of it is.
     """
 
     files: tuple[str, ...]
@@ -88,10 +88,10 @@ class ImageShards:
     """Shards of labelled images.
 
     Attributes:
-        shards: Where they lie.
-        image: The column of the images.
-        label: The column of the classes.
-        index: From what stands in that column to the class.
+        shards: where they lie.
+        image: the column of the images.
+        label: the column of the classes.
+        index: from what stands in that column to the class.
     """
 
     shards: Shards
@@ -106,7 +106,7 @@ class ImageShards:
         """A row as `BatchMaker.make_batch` takes it: its number, the image, its class, its name.
 
         Raises:
-            UserError: It has no class, or one that is not in the index.
+            UserError: if it has no class, or one that is not in the index.
         """
         image = row.values.get(self.image)
         source = {"bytes": image, "path": None} if isinstance(image, bytes) else image or {}
@@ -124,10 +124,10 @@ class Share:
     example for its last batch is left with an empty one. Its workers take whole batches.
 
     Attributes:
-        examples: In all.
-        batch_size: Examples of a batch.
-        process: This process's number.
-        processes: How many there are.
+        examples: in all.
+        batch_size: examples of a batch.
+        process: this process's number.
+        processes: how many there are.
     """
 
     examples: int
@@ -171,10 +171,10 @@ def find_shards(data: str) -> dict[str, tuple[str, ...]]:
     are `train` where none says so. What is left out is what `split_names` leaves out.
 
     Args:
-        data: A shard, a folder of them, or a pattern (`s3://bucket/photos/*.tar`).
+        data: a shard, a folder of them, or a pattern (`s3://bucket/photos/*.tar`).
 
     Raises:
-        UserError: An address cannot be listed, or holds no shards, or shards of both kinds.
+        UserError: if an address cannot be listed, or holds no shards, or shards of both kinds.
     """
     import fsspec
 
@@ -187,7 +187,7 @@ def find_shards(data: str) -> dict[str, tuple[str, ...]]:
             found = system.find(root)
         else:
             found = [root] if system.exists(root) else []
-    # each file system has errors of its own
+    # Each file system has errors of its own.
     except Exception as error:
         if not remote:
             return {}
@@ -215,7 +215,7 @@ def split_names(found: Collection[Any], data: str) -> dict[str, str]:
     """Which of a data set's splits is `train`, and which, if any, is `validation`: the first of `VALIDATION_NAMES`.
 
     Raises:
-        UserError: It has several, and none of them for training.
+        UserError: if it has several, and none of them for training.
     """
     train = next((name for name in TRAIN_NAMES if name in found), None)
     if train is None:
@@ -227,10 +227,10 @@ def split_names(found: Collection[Any], data: str) -> dict[str, str]:
 
 
 def check_class_column(features: Mapping[str, Any], column: str, data: str) -> None:
-    """Does nothing where a table's column, of one of datasets' types, can hold classes.
+    """Check that a table's column, of one of datasets' types, can hold classes.
 
     Raises:
-        UserError: Its values are lists, images or the like.
+        UserError: if its values are lists, images or the like.
     """
     import datasets
 
@@ -240,10 +240,10 @@ def check_class_column(features: Mapping[str, Any], column: str, data: str) -> N
 
 
 def refuse_columns(data: str, **columns: str | None) -> None:
-    """Does nothing where no column of `data`, which is no table, is named.
+    """Check that no column of `data`, which is no table, is named.
 
     Raises:
-        UserError: One is.
+        UserError: if one is.
     """
     for name, column in columns.items():
         if column is not None:
@@ -252,10 +252,10 @@ def refuse_columns(data: str, **columns: str | None) -> None:
 
 
 def refuse_missing_path(data: str) -> None:
-    """Does nothing where `data`, which is no file or folder, may be a dataset's name on the Hub.
+    """Check that `data`, which is no file or folder, may be a dataset's name on the Hub.
 
     Raises:
-        UserError: It can only be a path.
+        UserError: if it can only be a path.
     """
     if data.startswith((".", "/", "~")) or data.count("/") > 1 or (os.sep != "/" and os.sep in data):
         raise UserError(f"There is no file or folder {data}.")
@@ -360,11 +360,11 @@ def _tar_rows(file: str, only: str | None = None) -> Generator[Any, None, None]:
     with _opened(file) as stream, _readable(file), tarfile.open(fileobj=stream, mode="r:") as archive:
         key, members = None, {}
         for member in archive:
-            # or it would remember them all
+            # Or it would remember them all.
             archive.members = []  # type: ignore[attr-defined]
             folder, _, name = member.name.rpartition("/")
             stem, _, ending = name.partition(".")
-            # hidden files, such as macOS adds, belong to no row
+            # Hidden files, such as macOS adds, belong to no row.
             if not member.isfile() or not stem:
                 continue
             if members and (folder, stem) != key:

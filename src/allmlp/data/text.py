@@ -133,7 +133,7 @@ class TokenWindows(Dataset):
             what = "to predict one" if seed is None else f"for windows of {context}: give more, or a shorter --context"
             raise UserError(f"the text has {len(tokens):,} tokens, too few {what}")
         self.epoch = self.offset = 0
-        # the same windows and masks each time
+        # The same windows and masks each time.
         if masking is not None and seed is None and all((self[i]["labels"] == IGNORED).all() for i in range(len(self))):
             raise UserError(f"of the text's {len(tokens):,} tokens none is masked: give more text")
 

@@ -145,8 +145,8 @@ class TextShards:
     """Shards of documents that have nothing to do with each other, read as they are needed.
 
     Attributes:
-        shards: Where they lie.
-        column: The column of the texts.
+        shards: where they lie.
+        column: the column of the texts.
     """
 
     shards: Shards
@@ -165,7 +165,7 @@ class TextShards:
         """A row's text.
 
         Raises:
-            UserError: It holds none, or none in UTF-8.
+            UserError: if it holds none, or none in UTF-8.
         """
         value = row.values.get(self.column)
         if isinstance(value, bytes):
@@ -183,7 +183,7 @@ class TextShards:
         """Refused: nothing is held out of shards, of which no row is at hand.
 
         Raises:
-            UserError: In any case.
+            UserError: in any case.
         """
         name = self.shards.files[0]
         raise UserError(f"Nothing is held out of shards such as {name}: give some for validation, such as val-0000.")
@@ -193,7 +193,7 @@ Texts = TextFile | Documents | TextShards
 
 
 def find_texts(data: str, text_column: str | None = None) -> dict[str, Texts]:
-    """Recognises what `data` names.
+    """Recognise what `data` names.
 
     Args:
         data: `python-stdlib`, a text file, a folder of them (or one with `train` and maybe `val`), a parquet, CSV, JSON
@@ -256,12 +256,12 @@ def text_shards(files: Sequence[str], data: str, column: str | None = None) -> T
     """Shards of texts, none of them read yet.
 
     Args:
-        files: Paths or addresses.
-        data: What they are called, for messages.
-        column: The column of the texts; found by its name where not given.
+        files: paths or addresses.
+        data: what they are called, for messages.
+        column: the column of the texts; found by its name where not given.
 
     Raises:
-        UserError: They cannot be read, or have no such column.
+        UserError: if they cannot be read, or have no such column.
     """
     column = _column(list(first_columns(files[0])), data, column, TEXT_COLUMNS, "text", "--text-column")
     sizes, _ = measured(files)
@@ -331,7 +331,7 @@ def _settings(kind: str, path: Path) -> dict[str, Any]:
         return {}
     import pandas
 
-    # pandas takes words such as NA and None for missing ones, and texts of digits for numbers
+    # Pandas takes words such as NA and None for missing ones, and texts of digits for numbers.
     return {"converters": dict.fromkeys(pandas.read_csv(path, nrows=0).columns, str), "keep_default_na": False}
 
 

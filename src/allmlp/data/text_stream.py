@@ -32,7 +32,7 @@ def streamed_text(
     """The text to train on as shards, and tokens held out; arguments as `allmlp.data.text.load_text`.
 
     Raises:
-        UserError: There are no such shards or tokenizer, or none for validation.
+        UserError: if there are no such shards or tokenizer, or none for validation.
     """
     shards = find_shards(data)
     if not shards:
@@ -54,19 +54,19 @@ class TokenStream(IterableDataset):
     into windows one behind the other, an end-of-text token between two. Labels are as those of `TokenWindows`.
 
     Args:
-        texts: The documents.
-        tokenizer: A tokenizer of transformers.
+        texts: the documents.
+        tokenizer: a tokenizer of transformers.
         context: N.
         batch_size: B.
-        batches: How many there are.
-        seed: Of the order and the masks.
-        buffer: Documents that each worker shuffles at a time.
-        process: This process's number.
-        processes: How many there are.
-        masking: Mask tokens instead of predicting the next ones.
+        batches: how many there are.
+        seed: of the order and the masks.
+        buffer: documents that each worker shuffles at a time.
+        process: this process's number.
+        processes: how many there are.
+        masking: mask tokens instead of predicting the next ones.
 
     Raises:
-        UserError: The tokenizer has no end of text.
+        UserError: if the tokenizer has no end of text.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class TokenStream(IterableDataset):
         """What one of several readers is given to read in an epoch.
 
         Raises:
-            UserError: There are fewer documents than readers.
+            UserError: if there are fewer documents than readers.
         """
         count = len(self.texts)
         if count < readers:

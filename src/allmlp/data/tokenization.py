@@ -92,7 +92,7 @@ def fitting_tokenizer(name: str, model: Any) -> Any:
     if name != BYTES:
         tokenizer = load_tokenizer(name)
     elif vocabulary < 258:
-        # no text holds the byte 0
+        # No text holds the byte 0.
         tokenizer = _bytes(pad_token=bytes_to_unicode()[0], padding_side="left")
     else:
         tokenizer = make_tokenizer(BYTES, [])
@@ -112,9 +112,9 @@ def load_tokenizer(name: str | Path) -> Any:
     try:
         if Path(name).is_file():
             return PreTrainedTokenizerFast(tokenizer_file=str(name))
-        # without the word transformers would ask whether to run the code that a directory names
+        # Without the word transformers would ask whether to run the code that a directory names.
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    # a broken file raises tokenizers' bare Exception
+    # A broken file raises tokenizers' bare Exception.
     except Exception as error:
         raise UserError(
             f"'{name}' is no tokenizer: neither {BYTES} nor {CHARACTERS}, nor a file, a directory or a name on the Hub "
@@ -154,7 +154,7 @@ def encode(texts: Readable, tokenizer: Any) -> Tokens:
                     np.array([end], dtype).tofile(file)
         file.flush()
         count = file.tell() // dtype.itemsize
-        # the map keeps the nameless file alive
+        # The map keeps the nameless file alive.
         ids = np.memmap(file, dtype=dtype, mode="r", shape=(count,)) if count else np.empty(0, dtype)
     return Tokens(ids=ids, characters=characters, bytes=size, unknown=unknown)
 

@@ -80,7 +80,7 @@ class GMLPConfig(PreTrainedConfig):
         for name in ("tiny_attention_size", "token_shift"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must be at least 0, got {getattr(self, name)}")
-        # a shift needs a group of channels, and a token that streams far beyond its context reads no further than that
+        # A shift needs a group of channels, and a token that streams far beyond its context reads no further than that.
         below = ["hidden_size", *(["max_position_embeddings"] if self.spatial_weight == "toeplitz" else [])]
         for name in below:
             if self.token_shift >= getattr(self, name):
@@ -116,7 +116,7 @@ class GMLPConfig(PreTrainedConfig):
         if name not in VARIANTS:
             raise UserError(f"There is no language model '{name}'.{nearest(name, VARIANTS)}")
         for field in overrides:
-            # it would be kept, and the model not read it
+            # It would be kept, and the model not read it.
             if field not in MODEL_FIELDS and not hasattr(cls, field):
                 raise UserError(f"A GMLPConfig has no field '{field}'.{nearest(field, MODEL_FIELDS)}")
         return cls(**{**VARIANTS[name], **overrides})

@@ -188,7 +188,7 @@ class GMLPModel(GMLPPreTrainedModel):
         hidden = self.dropout(self._with_positions(hidden, past))
 
         states = [hidden]
-        # drafts of transformers' early exit lower the configuration's number
+        # Drafts of transformers' early exit lower the configuration's number.
         for i, block in enumerate(self.layers[: self.config.num_hidden_layers]):
             hidden = block(hidden, mask, padding, cache=past.kept[i] if past else None)
             states.append(hidden)

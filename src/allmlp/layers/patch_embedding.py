@@ -41,7 +41,7 @@ class PatchEmbedding(PatchEmbed):
 
     further_stride = 1
 
-    # timm's attributes; the last two are those of models of a fixed size
+    # timm's attributes; the last two are those of models of a fixed size.
     patch_size: tuple[int, int]
     grid_size: tuple[int, int]
     num_patches: int

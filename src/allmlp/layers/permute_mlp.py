@@ -76,7 +76,7 @@ class PermuteMLP(GridBound):
         def along(weight: Tensor, old: int, new: int) -> Tensor:
             if old == new:
                 return weight
-            # positions written, their channels of a segment, positions read, theirs
+            # Positions written, their channels of a segment, positions read, theirs.
             weight = weight.unflatten(1, (old, -1)).unflatten(0, (old, -1))
             weight = resample_read(resample_written(weight, (old,), (new,)), (old,), (new,), 2)
             return weight.flatten(2).flatten(0, 1)

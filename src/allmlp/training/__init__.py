@@ -19,21 +19,21 @@ _TRAINERS = {
 
 
 def train(recipe: Recipe, output: str | Path, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
-    """Trains what the recipe's task says and writes the run directory.
+    """Train what the recipe's task says and write the run directory.
 
     Args:
-        recipe: The hyper-parameters.
-        output: The run directory.
-        resume: Go on from the last checkpoint in it.
-        overwrite: Replace a former run in it.
+        recipe: the hyper-parameters.
+        output: the run directory.
+        resume: go on from the last checkpoint in it.
+        overwrite: replace a former run in it.
 
     Returns:
         What its `metrics.json` holds.
 
     Raises:
-        UserError: Data, model or run directory cannot be used.
-        Interrupted: It was asked to stop and has saved a checkpoint.
-        TrainingError: The loss is no number, a process died, or the disk is full.
+        UserError: if data, model or run directory cannot be used.
+        Interrupted: if it was asked to stop and has saved a checkpoint.
+        TrainingError: if the loss is no number, a process died, or the disk is full.
     """
     from allmlp.training.faults import explained
 

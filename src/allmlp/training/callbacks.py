@@ -35,8 +35,8 @@ class Progress(TrainerCallback, ExportableState):
     How long the training has taken is saved with its checkpoints, for one that goes on.
 
     Args:
-        unit: What is counted, such as `images`.
-        per_step: How many of them one optimiser step takes.
+        unit: what is counted, such as `images`.
+        per_step: how many of them one optimiser step takes.
     """
 
     def __init__(self, unit: str, per_step: int):
@@ -53,7 +53,7 @@ class Progress(TrainerCallback, ExportableState):
         return self.steps * self.per_step / self.seconds if self.seconds else 0.0
 
     def pause(self) -> None:
-        """Stops the clock until the next step begins."""
+        """Stop the clock until the next step begins."""
         if self.since is not None:
             self.seconds += time.perf_counter() - self.since
             self.since = None
@@ -114,7 +114,7 @@ class DataEpoch(TrainerCallback):
     """Tells the training data, and the order it is taken in, which epoch begins.
 
     Args:
-        parts: What has `set_epoch`.
+        parts: what has `set_epoch`.
     """
 
     def __init__(self, parts: Sequence[Any]):
@@ -132,8 +132,8 @@ class AveragedWeights(TrainerCallback):
     weights stand twice and would move twice a step, and deep-copies the model, which cannot be done once it is sharded.
 
     Args:
-        decay: The average's decay per optimiser step; it starts lower and rises to this (timm's warm-up).
-        resume_from: A checkpoint to take the average from.
+        decay: the average's decay per optimiser step; it starts lower and rises to this (timm's warm-up).
+        resume_from: a checkpoint to take the average from.
     """
 
     def __init__(self, decay: float, resume_from: Path | None = None):
@@ -149,7 +149,7 @@ class AveragedWeights(TrainerCallback):
 
     @torch.no_grad()
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        # timm's warm-up
+        # timm's warm-up.
         decay = min(self.decay, 1 - state.global_step ** (-2 / 3))
         live = [_local(tensor) for tensor in _weights(model).values()]
         average = [_local(tensor) for tensor in self.average.values()]
@@ -160,14 +160,14 @@ class AveragedWeights(TrainerCallback):
                 averaged.copy_(tensor)
 
     def save(self, checkpoint: Path) -> None:
-        """Writes the average into a checkpoint; all processes take part in gathering what is sharded."""
+        """Write the average into a checkpoint; all processes take part in gathering what is sharded."""
         whole = {name: _whole(tensor).contiguous() for name, tensor in self.average.items()}
         if is_first_process():
             save_file(whole, checkpoint / AVERAGED)
 
     @torch.no_grad()
     def swap(self, model: nn.Module) -> None:
-        """Exchanges the model's weights and the average; once more puts them back."""
+        """Exchange the model's weights and the average; once more puts them back."""
         for name, live in _weights(model).items() if self.average else ():
             kept = live.clone()
             live.copy_(self.average[name])
@@ -198,7 +198,7 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def _fill(tensor: Tensor, whole: Tensor) -> None:
-    """Puts a whole tensor into one that may be sharded."""
+    """Put a whole tensor into one that may be sharded."""
     if isinstance(tensor, DTensor):
         whole = distribute_tensor(whole.to(tensor.device), tensor.device_mesh, tensor.placements)
     tensor.copy_(whole)
@@ -208,10 +208,10 @@ class TensorBoard(TensorBoardCallback):
     """The Trainer's scalars, and the model's graph.
 
     Args:
-        directory: Where the events go.
-        module: The module to draw.
-        example: An input of it.
-        resumed_at: The step from which older events are void.
+        directory: where the events go.
+        module: the module to draw.
+        example: an input of it.
+        resumed_at: the step from which older events are void.
     """
 
     def __init__(self, directory: Path, module: nn.Module, example: Tensor, resumed_at: int = 0):
@@ -219,7 +219,7 @@ class TensorBoard(TensorBoardCallback):
 
         self.writer = SummaryWriter(str(directory), purge_step=resumed_at) if is_first_process() else None
         super().__init__(self.writer)
-        # now, while the model is whole: once it is sharded, no process can run it alone
+        # Now, while the model is whole: once it is sharded, no process can run it alone.
         if self.writer is not None:
             self._draw(self.writer, module, example)
 
@@ -229,10 +229,10 @@ class TensorBoard(TensorBoardCallback):
         device = next(module.parameters()).device
         try:
             with warnings.catch_warnings(), torch.no_grad():
-                # drawing traces the model, which torch calls deprecated and the models' shape checks make it mention
+                # Drawing traces the model, which torch calls deprecated and the models' shape checks make it mention.
                 warnings.simplefilter("ignore")
                 writer.add_graph(module.eval(), example.to(device))
-        # a model that cannot be traced still trains
+        # A model that cannot be traced still trains.
         except Exception as error:
             _log.info("TensorBoard gets no graph: %s", first_line(error))
         finally:
@@ -243,7 +243,7 @@ class Interruption(TrainerCallback):
     """Ends training at the next step with a checkpoint when a process of it is asked to stop (Ctrl-C or SIGTERM).
 
     Attributes:
-        asked: The signal by which any of the processes has been asked, as far as they have told each other; else 0.
+        asked: the signal by which any of the processes has been asked, as far as they have told each other; else 0.
     """
 
     def __init__(self) -> None:
@@ -267,7 +267,7 @@ class Interruption(TrainerCallback):
 
     def _hear(self, number: int, frame: Any) -> None:
         if os.getpid() != self.process:
-            # a process that prepares data inherits this; it ends when it is told to, not at Ctrl-C
+            # A process that prepares data inherits this; it ends when it is told to, not at Ctrl-C.
             if number == signal.SIGTERM:
                 sys.exit()
             return
@@ -275,20 +275,20 @@ class Interruption(TrainerCallback):
             self.heard, self.since = number, time.monotonic()
             again = "; Ctrl-C once more stops at once" if number == signal.SIGINT else ""
             _log.warning("stopping after this step and saving a checkpoint%s", again)
-        # launchers pass on what their processes have heard already
+        # Launchers pass on what their processes have heard already.
         elif number == signal.SIGINT and time.monotonic() - self.since > 1:
             raise KeyboardInterrupt
 
     def _ask(self, device: torch.device) -> bool:
-        # one process may have heard a signal that another has not yet
+        # One process may have heard a signal that another has not yet.
         self.asked = largest_anywhere(self.heard, device)
         return bool(self.asked)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # several accelerators are waited for only where the loss is logged, and they are waited for anyway
+        # Several accelerators are waited for only where the loss is logged, and they are waited for anyway.
         due = args.world_size == 1 or args.device.type == "cpu" or state.global_step % args.logging_steps == 0
         if due and self._ask(args.device):
-            # the time until a scheduler loses patience is for saving
+            # The time until a scheduler loses patience is for saving.
             control.should_evaluate = False
             control.should_save = True
             control.should_training_stop = True
@@ -299,7 +299,7 @@ class Interruption(TrainerCallback):
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.asked:
-            # the checkpoint is there already
+            # The checkpoint is there already.
             control.should_evaluate = False
             control.should_save = False
 

@@ -47,7 +47,7 @@ from allmlp.training.recipe import Recipe, read_settings, recipe_to_yaml
 from allmlp.training.values import parse_yaml
 
 _log = logging.getLogger(__name__)
-# what a data set without a validation split is cut by
+# What a data set without a validation split is cut by.
 _OF_THE_SPLIT = ("seed", "holdout")
 
 
@@ -55,16 +55,16 @@ class Engine(Trainer):
     """A Trainer made from a recipe.
 
     Args:
-        recipe: The hyper-parameters.
-        output: The run directory.
-        model: A transformers model.
-        parameters: Parameter groups for AdamW; a group's own `lr` and `weight_decay` win.
-        unit: What the training counts, such as `images`.
-        per_example: How many of them one example holds.
-        workers: Processes that prepare data.
-        resume_from: The checkpoint to go on from.
-        tokenizer: A language model's, kept in every checkpoint.
-        others: Further arguments of `transformers.Trainer`.
+        recipe: the hyper-parameters.
+        output: the run directory.
+        model: a transformers model.
+        parameters: parameter groups for AdamW; a group's own `lr` and `weight_decay` win.
+        unit: what the training counts, such as `images`.
+        per_example: how many of them one example holds.
+        workers: processes that prepare data.
+        resume_from: the checkpoint to go on from.
+        tokenizer: a language model's, kept in every checkpoint.
+        others: further arguments of `transformers.Trainer`.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Engine(Trainer):
         config: Any = model.config
         caches = vars(config).get("use_cache")
         super().__init__(model=model.to(arguments.device), args=arguments, callbacks=[*own, *callbacks], **others)
-        # the Trainer turns decoding caches off, also in the configuration that is saved
+        # The Trainer turns decoding caches off, also in the configuration that is saved.
         if caches is None:
             del config.use_cache
         else:
@@ -122,21 +122,21 @@ class Engine(Trainer):
         self.remove_callback(PrinterCallback)
         if recipe.fsdp and process_count() > 1 and not self.is_fsdp_enabled:
             raise UserError("Accelerate shards over accelerators, and this machine has none: leave --fsdp out.")
-        # nothing of the kind can be made of the sharded model
+        # Nothing of the kind can be made of the sharded model.
         self.whole = copy.deepcopy(self._weights()) if self.is_fsdp_enabled else None
 
     def run(self) -> Any:
-        """Trains to the end.
+        """Train to the end.
 
         Returns:
             The model, with the averaged weights where the recipe asks for them; of a sharded model a whole copy, which
             the first process alone has the weights of.
 
         Raises:
-            Interrupted: It was asked to stop and has saved a checkpoint.
-            Diverged: The loss or its gradient is no number.
+            Interrupted: if it was asked to stop and has saved a checkpoint.
+            Diverged: if the loss or its gradient is no number.
         """
-        # what is drawn in the model, such as dropout, is drawn anew in each process
+        # What is drawn in the model, such as dropout, is drawn anew in each process.
         torch.manual_seed(self.args.seed + self.args.process_index)
         with self.interruption.listening():
             self.train(resume_from_checkpoint=str(self.resume_from) if self.resume_from else None)
@@ -212,7 +212,7 @@ class Engine(Trainer):
         self.progress.pause()
         self.divergence.look()
         averaged = self.averaged.swapped(self._weights()) if self.averaged and self.is_in_train else nullcontext()
-        # a resumed training may not have had this evaluation, which draws a seed for its loader
+        # A resumed training may not have had this evaluation, which draws a seed for its loader.
         with averaged, torch.random.fork_rng(devices=[]):
             return super().evaluate(*arguments, **settings)
 
@@ -238,10 +238,10 @@ class Engine(Trainer):
         rate = self._get_learning_rate()
         step = Step(number=number, learning_rate=rate, norm=norm, losses=losses, names=names)
         self.divergence.steps.append(step)
-        # what is computed on the processor needs no waiting for
+        # What is computed on the processor needs no waiting for.
         due = self.divergence.skip or norm.device.type == "cpu" or number % self.args.logging_steps == 0
         if due and self.divergence.look():
-            # without gradients the optimiser leaves weights and moments as they are
+            # Without gradients the optimiser leaves weights and moments as they are.
             model.zero_grad()
             self.state.log_history.append({"step": number, "skipped": True})
             return torch.zeros_like(norm)
@@ -257,7 +257,7 @@ class Engine(Trainer):
             self.control.should_training_stop = True
 
     def _run_epoch(self, *arguments: Any, **settings: Any) -> None:
-        # a training that was killed after its last step would take one more
+        # A training that was killed after its last step would take one more.
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*arguments, **settings)
 
@@ -322,9 +322,9 @@ def training_arguments(recipe: Recipe, output: Path, workers: int = 0, best: str
         use_cpu=on_cpu,
         torch_compile=recipe.compile,
         seed=recipe.seed,
-        # a short training has a curve too
+        # A short training has a curve too.
         logging_steps=min(recipe.log_every, recipe.max_steps or recipe.log_every),
-        # whoever looks at each loss waits for the accelerator, as a training that may skip steps does anyway
+        # Whoever looks at each loss waits for the accelerator, as a training that may skip steps does anyway.
         logging_nan_inf_filter=recipe.nan == "skip",
         metric_for_best_model=best,
         greater_is_better=best != "loss",
@@ -347,21 +347,21 @@ def chosen_precision(wanted: str) -> str:
         return wanted
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    # torch before 2.10 does not tell what the processor can do
+    # torch before 2.10 does not tell what the processor can do.
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     return "bf16" if capabilities.get("amx_bf16") and not torch.accelerator.is_available() else "fp32"
 
 
 def refuse_output(output: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
-    """Does nothing where a training may write its run directory; to be asked before data are read for minutes.
+    """Check that a training may write its run directory; to be asked before data are read for minutes.
 
     Raises:
-        UserError: It lies in the folder of the data, or holds a run that is neither to be gone on with nor replaced.
+        UserError: if it lies in the folder of the data, or holds a run that is neither to be gone on with nor replaced.
     """
     data = Path(recipe.data).expanduser() if recipe.data else None
     if data is not None and data.is_dir() and output.resolve().is_relative_to(data.resolve()):
         raise UserError(f"{output} lies in the data, {data}, and would become part of it: choose another --output.")
-    # a recipe alone is what a training leaves that ended before its first checkpoint: nothing is lost with it
+    # A recipe alone is what a training leaves that ended before its first checkpoint: nothing is lost with it.
     former = [*checkpoints_in(output), *output.glob(run_directory.CONFIG)]
     if former and not (resume or is_restarted() or overwrite):
         raise UserError(
@@ -373,21 +373,21 @@ def refuse_output(output: Path, recipe: Recipe, *, resume: bool, overwrite: bool
 def prepare_output(
     output: Path, recipe: Recipe, model: Any, *, resume: bool, overwrite: bool, tokenizer: Any = None
 ) -> Path | None:
-    """Makes the run directory ready and writes the recipe into it.
+    """Make the run directory ready and write the recipe into it.
 
     Args:
-        output: The run directory.
-        recipe: What is going to run.
-        model: The transformers model that is going to be trained.
-        resume: Go on from the last complete checkpoint in it.
-        overwrite: Remove a former run in it.
-        tokenizer: A language model's.
+        output: the run directory.
+        recipe: what is going to run.
+        model: the transformers model that is going to be trained.
+        resume: go on from the last complete checkpoint in it.
+        overwrite: remove a former run in it.
+        tokenizer: a language model's.
 
     Returns:
         The checkpoint to go on from, if any: processes that torchrun has started anew always go on.
 
     Raises:
-        UserError: The checkpoint is damaged, or is one of another model, or something else would be held out than in
+        UserError: if the checkpoint is damaged, or is one of another model, or something else would be held out than in
             the beginning; the run directory stays as it is.
     """
     resume = resume or is_restarted()

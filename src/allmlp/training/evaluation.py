@@ -36,10 +36,10 @@ def logits_of(
     """A model's logits for labelled images, in float32 and in eval mode.
 
     Args:
-        model: A classifier; it stays on its device.
-        batches: The images.
-        batch_size: Images per forward pass.
-        workers: Processes that prepare them.
+        model: a classifier; it stays on its device.
+        batches: the images.
+        batch_size: images per forward pass.
+        workers: processes that prepare them.
 
     Returns:
         The logits, on the CPU, and the labels of the images that could be read.
@@ -67,10 +67,10 @@ def accuracy_of(
     """Loss, top-1 and top-5 accuracy, and each class's accuracy (its recall), precision and number of examples.
 
     Args:
-        logits: A classifier's.
-        labels: The true classes.
-        classes: Their names.
-        unit: What the examples are; their numbers stand under this name.
+        logits: a classifier's.
+        labels: the true classes.
+        classes: their names.
+        unit: what the examples are; their numbers stand under this name.
     """
     predicted = logits.argmax(1)
     counts = confusion(labels, predicted, len(classes))
@@ -118,21 +118,21 @@ def evaluate(
     has none. Classes are matched by name.
 
     Args:
-        run: A run directory.
-        data: What `allmlp.data.images.read_images` takes; the run's own by default.
-        img_size: As for `run_directory.load`; images are resized to it.
-        patch_kernel: As for `run_directory.load`.
-        batch_size: Images per forward pass.
-        strict: Raise at an image that cannot be read.
-        workers: Processes that prepare images.
-        image_column: Column of the images in a table, by default as in training.
-        label_column: Column of the classes in a table, likewise.
+        run: a run directory.
+        data: what `allmlp.data.images.read_images` takes; the run's own by default.
+        img_size: as for `run_directory.load`; images are resized to it.
+        patch_kernel: as for `run_directory.load`.
+        batch_size: images per forward pass.
+        strict: raise at an image that cannot be read.
+        workers: processes that prepare images.
+        image_column: column of the images in a table, by default as in training.
+        label_column: column of the classes in a table, likewise.
 
     Returns:
         What `accuracy_of` gives, with `run`, `data` and the `part` of the data that counts.
 
     Raises:
-        UserError: The run or the data cannot be used, or the data has classes that the model does not know.
+        UserError: if the run or the data cannot be used, or the data has classes that the model does not know.
     """
     model = load_classifier(run, img_size, patch_kernel)
     cfg = model.pretrained_cfg
@@ -177,19 +177,19 @@ def predict(
     """The likeliest classes of image files.
 
     Args:
-        run: A run directory.
-        files: Image files, and folders of them.
-        img_size: As for `run_directory.load`; images are resized to it.
-        patch_kernel: As for `run_directory.load`.
-        top_k: Classes per image.
-        strict: Raise at a file that cannot be read.
+        run: a run directory.
+        files: image files, and folders of them.
+        img_size: as for `run_directory.load`; images are resized to it.
+        patch_kernel: as for `run_directory.load`.
+        top_k: classes per image.
+        strict: raise at a file that cannot be read.
 
     Returns:
         For each file `{"file", "predictions": [{"label", "probability"}, …]}`, the likeliest first, or
         `{"file", "error"}` where it cannot be read.
 
     Raises:
-        UserError: The run cannot be used, there is no such file, or `strict` and one cannot be read.
+        UserError: if the run cannot be used, there is no such file, or `strict` and one cannot be read.
     """
     if top_k < 1:
         raise UserError(f"top_k is {top_k}; it must be at least 1.")
@@ -261,7 +261,7 @@ def load_classifier(
     """The image classifier of a run directory, for another image size where one is named.
 
     Raises:
-        UserError: It is no run directory, or one of another task, or takes no images of that size.
+        UserError: if it is no run directory, or one of another task, or takes no images of that size.
     """
     config = run_directory.read_config(run)
     kind = config["model_type"]
@@ -295,7 +295,7 @@ def relabelled(images: LabelledImages, names: Sequence[str], known: Sequence[str
     """The same images, with labels that index the model's classes in place of the data's.
 
     Raises:
-        UserError: The data has classes that the model does not know.
+        UserError: if the data has classes that the model does not know.
     """
     strange = [name for name in names if name not in known]
     if strange:
@@ -311,13 +311,13 @@ def named_files(files: Sequence[str], suffixes: Container[str], what: str) -> li
     """These files, and those of their kind in these folders.
 
     Raises:
-        UserError: One does not exist, or a folder holds none of its kind.
+        UserError: if one does not exist, or a folder holds none of its kind.
     """
     paths: list[Path] = []
     for file in files:
         path = Path(file)
         if path.is_dir():
-            # hidden files, such as macOS adds, are none
+            # Hidden files, such as macOS adds, are none.
             visible = (child for child in path.rglob("*") if child.is_file() and not child.name.startswith("."))
             inside = sorted(child for child in visible if child.suffix.lower() in suffixes)
             if not inside:

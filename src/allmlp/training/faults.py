@@ -43,11 +43,11 @@ class Step:
     """What there is to say about an optimiser step that goes wrong.
 
     Attributes:
-        number: The step, counted from 1.
-        learning_rate: The rate it is to be taken with.
-        norm: The norm of its gradient, [].
-        losses: The losses of its batches, each [].
-        names: What each of the batches is made of.
+        number: the step, counted from 1.
+        learning_rate: the rate it is to be taken with.
+        norm: the norm of its gradient, [].
+        losses: the losses of its batches, each [].
+        names: what each of the batches is made of.
     """
 
     number: int
@@ -64,8 +64,8 @@ class Divergence:
     accelerator at each.
 
     Args:
-        output: The run directory; its `nan.jsonl` gets a line for every such step.
-        skip: Pass over such a step; it must be looked at before it is taken.
+        output: the run directory; its `nan.jsonl` gets a line for every such step.
+        skip: pass over such a step; it must be looked at before it is taken.
     """
 
     def __init__(self, output: Path, *, skip: bool):
@@ -77,7 +77,7 @@ class Divergence:
         """Whether the last step is to be passed over.
 
         Raises:
-            Diverged: A gradient is no number, and is not to be passed over; or too many were, one after another.
+            Diverged: if a gradient is no number, and is not to be passed over; or too many were, one after another.
         """
         steps, self.steps = self.steps, []
         norms = torch.stack([step.norm for step in steps]).tolist() if steps else []
@@ -103,7 +103,7 @@ class Divergence:
         names = [name for place in broken or range(len(losses)) for name in step.names[place]]
         value = losses[broken[0]] if broken else step.norm.item()
         reports: list[tuple[bool, float, list[str]]] = gather_object([(bool(broken), value, names)])
-        # the processes whose own loss is no number, or all of them where it is the gradient alone
+        # The processes whose own loss is no number, or all of them where it is the gradient alone.
         culprits = [report for report in reports if report[0]] or reports
         is_loss, value = culprits[0][:2]
         examples = [name for report in culprits for name in report[2]]
@@ -114,7 +114,7 @@ class Divergence:
                 file.write(json.dumps(entry, ensure_ascii=False) + "\n")
         more = len(examples) - SHOWN
         rest = f" and {more} more, listed in {self.output / run_directory.FAULTS}" if more > 0 else ""
-        # what is cut from a stream of text has no names
+        # What is cut from a stream of text has no names.
         batch = f" Its batch: {', '.join(examples[:SHOWN])}{rest}." if examples else ""
         return (
             f"The {'loss' if is_loss else 'gradient'} of step {step.number:,} is {value} (learning rate "
@@ -127,16 +127,16 @@ def explained(output: str | Path) -> Iterator[None]:
     """Inside the block faults of the machine become one message.
 
     Args:
-        output: The run directory.
+        output: the run directory.
 
     Raises:
-        TrainingError: A process died, or the disk is full.
-        UserError: As in the process that raised it.
+        TrainingError: if a process died, or the disk is full.
+        UserError: as in the process that raised it.
     """
     try:
         yield
     except UserError as error:
-        # torch hands over an error of a process that prepares data with all of its traceback as the message
+        # torch hands over an error of a process that prepares data with all of its traceback as the message.
         _, raised, message = str(error).rpartition("\nallmlp.")
         if not raised:
             raise
@@ -169,7 +169,7 @@ def _dead_worker(error: Exception) -> str | None:
 def _full_disk(error: Exception, output: Path) -> str | None:
     if isinstance(error, OSError):
         reason = error.strerror if error.errno in _NO_ROOM else None
-    # safetensors and torch write by themselves, and only safetensors says why it cannot
+    # safetensors and torch write by themselves, and only safetensors says why it cannot.
     elif found := _NOT_WRITTEN.search(str(error)):
         reason = found[0]
     else:

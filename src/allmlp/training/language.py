@@ -61,20 +61,20 @@ _MODELS: dict[str, Any] = {
 def train(
     recipe: LanguageRecipe, output: str | Path, *, resume: bool = False, overwrite: bool = False
 ) -> dict[str, Any]:
-    """Trains a language model or a classifier of texts and writes its run directory.
+    """Train a language model or a classifier of texts and write its run directory.
 
     Args:
-        recipe: The hyper-parameters; `data`, and `model` or `start_from`, must be set.
-        output: The run directory.
-        resume: Go on from the last checkpoint in it.
-        overwrite: Replace a former run in it.
+        recipe: the hyper-parameters; `data`, and `model` or `start_from`, must be set.
+        output: the run directory.
+        resume: go on from the last checkpoint in it.
+        overwrite: replace a former run in it.
 
     Returns:
         What `metrics.json` holds: the held-out score, its course, the speed, the surroundings.
 
     Raises:
-        UserError: Data, model, tokenizer or run directory cannot be used.
-        Interrupted: It was asked to stop and has saved a checkpoint.
+        UserError: if data, model, tokenizer or run directory cannot be used.
+        Interrupted: if it was asked to stop and has saved a checkpoint.
     """
     output = Path(output)
     if recipe.data is None:
@@ -242,7 +242,7 @@ def _train_classifier(
     return _finish(output, metrics, report)
 
 
-# the vocabulary's size may be larger
+# The vocabulary's size may be larger.
 _OF_THE_TOKENIZER = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
@@ -250,20 +250,20 @@ def planned_config(recipe: LanguageRecipe, start: Any, tokenizer: Any, classes: 
     """The configuration of the model to train.
 
     Args:
-        recipe: Names the size, or the run to start from, and what is changed about it.
-        start: The model to start from, or None.
-        tokenizer: Its length is the vocabulary's of a new model.
-        classes: The names of a classifier's classes.
+        recipe: names the size, or the run to start from, and what is changed about it.
+        start: the model to start from, or None.
+        tokenizer: its length is the vocabulary's of a new model.
+        classes: the names of a classifier's classes.
 
     Raises:
-        UserError: There is no such model, or it cannot be made so.
+        UserError: if there is no such model, or it cannot be made so.
     """
     changes: dict[str, Any] = dict(recipe.model_args)
     known = [name for name in MODEL_FIELDS if name not in _OF_THE_TOKENIZER]
     for name in changes:
         if name in _OF_THE_TOKENIZER:
             raise UserError(f"model_args sets {name}: that is what the tokenizer says.")
-        # a configuration would keep it, and the model not read it
+        # A configuration would keep it, and the model not read it.
         if name not in known:
             raise UserError(f"model_args sets {shown(name)}, which no model has.{nearest(str(name), known)}")
     if recipe.dropout is not None:
@@ -302,7 +302,7 @@ def build_model(recipe: LanguageRecipe, config: GMLPConfig, start: Any) -> Any:
     """The model to train, with the weights to start from where there are any.
 
     Raises:
-        UserError: The weights do not fit the configuration.
+        UserError: if the weights do not fit the configuration.
     """
     model = _MODELS[recipe.task](config)
     if start is not None:

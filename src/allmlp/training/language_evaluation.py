@@ -34,9 +34,9 @@ def text_loss(model: Any, windows: TokenWindows, batch_size: int = 64) -> tuple[
     """The cross entropy of a text, summed in float64.
 
     Args:
-        model: A causal or masked language model; it stays on its device.
-        windows: The text.
-        batch_size: Windows per forward pass, fewer where their logits would be more than 2²⁷ numbers.
+        model: a causal or masked language model; it stays on its device.
+        windows: the text.
+        batch_size: windows per forward pass, fewer where their logits would be more than 2²⁷ numbers.
 
     Returns:
         Nats in all, and the number of tokens predicted.
@@ -76,10 +76,10 @@ def text_measures(nats: float, predicted: int, text: Tokens, *, masked: bool = F
     """A text's cross entropy in every unit.
 
     Args:
-        nats: In all.
-        predicted: Tokens predicted.
-        text: The text.
-        masked: Only some tokens were predicted, so that nothing can be said about characters and bytes.
+        nats: in all.
+        predicted: tokens predicted.
+        text: the text.
+        masked: only some tokens were predicted, so that nothing can be said about characters and bytes.
     """
     per_token = nats / predicted
     measures: dict[str, Any] = {
@@ -93,7 +93,7 @@ def text_measures(nats: float, predicted: int, text: Tokens, *, masked: bool = F
         # The first token is not predicted; it counts with the average, so that units of one token each agree.
         whole = per_token * len(text)
         for unit, count in (("character", text.characters), ("byte", text.bytes)):
-            # bytes need not be characters, and documents may be empty
+            # Bytes need not be characters, and documents may be empty.
             if count:
                 measures[f"nats_per_{unit}"] = whole / count
                 measures[f"bits_per_{unit}"] = whole / count / math.log(2)
@@ -115,18 +115,18 @@ def evaluate(
     has none. The text is cut into windows of the training's length, each read by itself.
 
     Args:
-        run: A run directory.
-        data: A text as for training; the run's own by default.
-        batch_size: Windows or texts per forward pass.
-        stride: Tokens from one window to the next; smaller gives more context to each token, at more cost.
-        text_column: Column of the texts in a table; by default as in training, or found by its name.
-        label_column: Column of the classes, likewise.
+        run: a run directory.
+        data: a text as for training; the run's own by default.
+        batch_size: windows or texts per forward pass.
+        stride: tokens from one window to the next; smaller gives more context to each token, at more cost.
+        text_column: column of the texts in a table; by default as in training, or found by its name.
+        label_column: column of the classes, likewise.
 
     Returns:
         What `text_measures`, or for classes `accuracy_of`, gives, with `run`, `data`, `task` and its `part`.
 
     Raises:
-        UserError: The run or the data cannot be used, or they do not fit together.
+        UserError: if the run or the data cannot be used, or they do not fit together.
     """
     model, recipe = load_model(run), recipe_of(run, LanguageRecipe)
     tokenizer = model_tokenizer(run, model)
@@ -178,19 +178,20 @@ def predict(
     """The likeliest classes of texts.
 
     Args:
-        run: A run directory of a classifier of texts.
-        files: Text files, a text each, and folders of `.txt` files.
-        texts: Further texts.
-        top_k: Classes per text.
-        strict: Raise at a file that cannot be read.
-        batch_size: Texts per forward pass.
+        run: a run directory of a classifier of texts.
+        files: text files, a text each, and folders of `.txt` files.
+        texts: further texts.
+        top_k: classes per text.
+        strict: raise at a file that cannot be read.
+        batch_size: texts per forward pass.
 
     Returns:
         For each file `{"file", "predictions": [{"label", "probability"}, …]}`, the likeliest first, or
         `{"file", "error"}` where it cannot be read; then the same for each text, under `"text"`.
 
     Raises:
-        UserError: The run cannot be used, there is no such file or no text at all, or `strict` and one cannot be read.
+        UserError: if the run cannot be used, there is no such file or no text at all, or `strict` and one cannot be
+            read.
     """
     if top_k < 1:
         raise UserError(f"top_k is {top_k}; it must be at least 1.")
@@ -205,7 +206,7 @@ def predict(
         if path.suffix in (".csv", ".parquet"):
             raise UserError(f"{path} is a table, not a text: name text files, or give texts (--text).")
         try:
-            # line ends stay as they are, as in training
+            # Line ends stay as they are, as in training.
             read.append(path.read_bytes().decode("utf-8"))
             entries.append({"file": str(path)})
         except UnicodeDecodeError as error:
@@ -244,22 +245,22 @@ def generate(
     """What a run's model writes behind prompts.
 
     Args:
-        run: A run directory of a causal language model.
-        prompts: How the texts begin; those of as many tokens are gone on with together.
-        max_new_tokens: Tokens to write.
-        temperature: Divides the logits; 0 takes the likeliest token each time.
-        top_k: Draw from this many likeliest tokens; 0: from all.
-        top_p: Draw from the likeliest tokens that have this probability together.
-        beams: Beams of a beam search; 1: none.
+        run: a run directory of a causal language model.
+        prompts: how the texts begin; those of as many tokens are gone on with together.
+        max_new_tokens: tokens to write.
+        temperature: divides the logits; 0 takes the likeliest token each time.
+        top_k: draw from this many likeliest tokens; 0: from all.
+        top_p: draw from the likeliest tokens that have this probability together.
+        beams: beams of a beam search; 1: none.
         context_overflow: `stop` or `reprefill`, see `GMLPForCausalLM.generate`.
-        seed: Of the draws, for each length of prompt anew.
-        streamer: Is given each token when it is there (one prompt only).
+        seed: of the draws, for each length of prompt anew.
+        streamer: is given each token when it is there (one prompt only).
 
     Returns:
         For each prompt `{"prompt", "text", "tokens"}`, the text without the prompt.
 
     Raises:
-        UserError: The run cannot write, or a prompt is empty, too long, or has characters the model does not know.
+        UserError: if the run cannot write, or a prompt is empty, too long, or has characters the model does not know.
     """
     if run_directory.task(run) != "text-generation":
         raise UserError(f"{run} holds a model for {run_directory.task(run)}; it does not write text.")
@@ -268,7 +269,7 @@ def generate(
             "temperature and top_k must be at least 0, max_new_tokens and beams at least 1, and top_p above 0 and at "
             f"most 1; got {temperature}, {top_k}, {max_new_tokens}, {beams} and {top_p}."
         )
-    # the sampler divides by it, in float32
+    # The sampler divides by it, in float32.
     if 0 < temperature < 1e-6:
         raise UserError(f"temperature must be 0 or at least 1e-6, got {temperature}.")
     if not 0 <= seed < 2**32:
@@ -280,7 +281,7 @@ def generate(
     if temperature > 0:
         drawing = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     answers: dict[int, dict[str, Any]] = {}
-    # padding would take room in the context of the shorter ones
+    # Padding would take room in the context of the shorter ones.
     for length in sorted({len(ids) for ids in encoded}):
         places = [place for place, ids in enumerate(encoded) if len(ids) == length]
         torch.manual_seed(seed)
@@ -310,7 +311,7 @@ def load_model(run: str) -> Any:
     """The language model of a run directory.
 
     Raises:
-        UserError: It is no run directory, or one of images.
+        UserError: if it is no run directory, or one of images.
     """
     kind = run_directory.read_config(run)["model_type"]
     if kind != run_directory.LANGUAGE:
@@ -322,7 +323,7 @@ def model_tokenizer(run: str, model: Any) -> Any:
     """The tokenizer beside a model.
 
     Raises:
-        UserError: There is none, or it has more tokens than the model's vocabulary.
+        UserError: if there is none, or it has more tokens than the model's vocabulary.
     """
     if not (Path(run) / "tokenizer_config.json").is_file():
         raise UserError(f"{run} has no tokenizer beside the model; put its files there, or convert with --tokenizer.")

@@ -23,13 +23,13 @@ _SAMPLE_TOKENS = 400
 
 
 def write(directory: Path, metrics: Mapping[str, Any], model: Any, tokenizer: Any) -> list[Path]:
-    """Draws everything there is to draw, and lets a causal model write a sample.
+    """Draw everything there is to draw, and let a causal model write a sample.
 
     Args:
-        directory: Where the files go.
-        metrics: The run's metrics with its history.
-        model: The trained model.
-        tokenizer: Its tokenizer.
+        directory: where the files go.
+        metrics: the run's metrics with its history.
+        model: the trained model.
+        tokenizer: its tokenizer.
 
     Returns:
         The files written.
@@ -51,7 +51,7 @@ def write_classification(
     labels: Int[Tensor, " texts"],
     classes: Sequence[str],
 ) -> list[Path]:
-    """Draws the course of training and what is confused."""
+    """Draw the course of training and what is confused."""
     return [
         save(draw_losses(history), directory / "curves.png"),
         save(draw_confusion(labels, logits.argmax(1), classes), directory / "confusion.png"),

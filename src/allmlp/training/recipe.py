@@ -23,10 +23,10 @@ def option(default: Any, help: str, *, flag: str | None = None, choices: tuple[s
     """A recipe field.
 
     Args:
-        default: Its value where nobody sets it; a mapping is copied for each recipe.
-        help: One line for the command line's help.
-        flag: The command line's flag, where it is not the field's name with dashes.
-        choices: The values allowed.
+        default: its value where nobody sets it; a mapping is copied for each recipe.
+        help: one line for the command line's help.
+        flag: the command line's flag, where it is not the field's name with dashes.
+        choices: the values allowed.
     """
     metadata = {"help": help, "flag": flag, "choices": choices}
     if isinstance(default, Mapping):
@@ -39,7 +39,7 @@ class Recipe:
     """What every training has in common, whatever the model's kind.
 
     Raises:
-        UserError: A value is of the wrong type or out of range; the message names it.
+        UserError: if a value is of the wrong type or out of range; the message names it.
     """
 
     task: ClassVar[str]
@@ -210,7 +210,7 @@ def task_of(settings: Mapping[str, Any]) -> str:
     A language model that is named learns to generate text; a run to start from goes on with its own task.
 
     Raises:
-        UserError: There is no such task.
+        UserError: if there is no such task.
     """
     task = settings.get("task") or _task_of_model(settings.get("model"), settings.get("start_from"))
     if not isinstance(task, str) or task not in RECIPES:
@@ -238,7 +238,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     """The settings in a recipe file, not yet checked; `task` is among them in a run directory's `recipe.yaml`.
 
     Raises:
-        UserError: There is no such file, or it is not a YAML mapping of at most `RECIPE_BYTES`.
+        UserError: if there is no such file, or it is not a YAML mapping of at most `RECIPE_BYTES`.
     """
     path = Path(path)
     if not path.is_file():
@@ -255,15 +255,15 @@ def read_settings(path: str | Path) -> dict[str, Any]:
 
 
 def make_recipe(settings: Mapping[str, Any], kind: type[RecipeT], where: str = "the recipe") -> RecipeT:
-    """Checks settings and makes the recipe.
+    """Check settings and make the recipe.
 
     Args:
-        settings: Values by field name; what is not given keeps its default.
-        kind: The recipe's class.
-        where: Where the settings come from, for messages.
+        settings: values by field name; what is not given keeps its default.
+        kind: the recipe's class.
+        where: where the settings come from, for messages.
 
     Raises:
-        UserError: A name is unknown (the nearest are offered), or a value is of the wrong type or out of range.
+        UserError: if a name is unknown (the nearest are offered), or a value is of the wrong type or out of range.
     """
     names = {field.name for field in dataclasses.fields(kind)}
     for name in settings:

@@ -57,15 +57,15 @@ def write(
     held_out: ImageBatches,
     model: TimmModel,
 ) -> list[Path]:
-    """Draws everything there is to draw.
+    """Draw everything there is to draw.
 
     Args:
-        directory: Where the pictures go, and a few held-out images under `samples/`.
-        history: The Trainer's log.
-        logits: The model's logits for the held-out images that could be read.
-        labels: Their classes.
-        held_out: The held-out images.
-        model: The trained model; its `pretrained_cfg` has the classes' names.
+        directory: where the pictures go, and a few held-out images under `samples/`.
+        history: the Trainer's log.
+        logits: the model's logits for the held-out images that could be read.
+        labels: their classes.
+        held_out: the held-out images.
+        model: the trained model; its `pretrained_cfg` has the classes' names.
 
     Returns:
         The pictures written.
@@ -85,7 +85,7 @@ def write(
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Writes a picture all at once."""
+    """Write a picture all at once."""
     with mpl.rc_context(STYLE), atomic_path(path) as temporary:
         figure.savefig(temporary)
     return path
@@ -123,7 +123,7 @@ def draw_curves(history: Sequence[dict[str, float]], final: float) -> Figure:
 
 
 def label_end(axes: Any, point: tuple[float, float], text: str) -> None:
-    """Writes beside a curve's last point, where no curve is."""
+    """Write beside a curve's last point, where no curve is."""
     axes.annotate(text, point, xytext=(6, 0), ha="left", va="center", textcoords="offset points")
 
 

@@ -18,12 +18,12 @@ def coerce(field: dataclasses.Field[Any], value: Any, hint: Any) -> Any:
     """The value as a recipe's field holds it.
 
     Args:
-        field: The field; of its metadata the `choices` count.
-        value: What was given: of YAML, text of the command line, or Python's.
-        hint: The field's type, or a union of types, of which the first that fits is taken.
+        field: the field; of its metadata the `choices` count.
+        value: what was given: of YAML, text of the command line, or Python's.
+        hint: the field's type, or a union of types, of which the first that fits is taken.
 
     Raises:
-        UserError: It is of no such type, or none of the choices.
+        UserError: if it is of no such type, or none of the choices.
     """
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and type(None) in options:
@@ -57,7 +57,7 @@ def parse_yaml(text: str) -> Any:
     """Plain data written in YAML, every value in its place: values that refer to others may mean any amount of them.
 
     Raises:
-        ValueError: It is no YAML, or holds an alias; the message says where.
+        ValueError: if it is no YAML, or holds an alias; the message says where.
     """
     try:
         for event in yaml.parse(text, _Loader):
@@ -65,7 +65,7 @@ def parse_yaml(text: str) -> Any:
                 line = event.start_mark.line + 1  # pyrefly: ignore[missing-attribute] (events that are parsed have marks)
                 raise ValueError(f"'*{event.anchor}' in line {line} refers to another value")
         return _Loader(text).get_single_data()
-    # yaml's own constructors of numbers and dates raise whatever they run into
+    # yaml's own constructors of numbers and dates raise whatever they run into.
     except Exception as error:
         raise ValueError(str(error) or type(error).__name__) from error
 
@@ -79,7 +79,7 @@ def _to_int(value: Any) -> int:
     if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
         raise ValueError
     number = int(value)
-    # nothing counts further
+    # Nothing counts further.
     if abs(number) >= 2**63:
         raise ValueError
     return number

@@ -39,7 +39,7 @@ from allmlp.vision.resolution import resample_state_dict
 
 _log = logging.getLogger(__name__)
 
-# arguments of timm's that the recipe has settings of its own for
+# Arguments of timm's that the recipe has settings of its own for.
 _SET_BY = {"drop_rate": "--drop", "drop_path_rate": "--drop-path"}
 
 
@@ -49,11 +49,11 @@ class VisionEngine(Engine):
     def __init__(self, *arguments: Any, label_smoothing: float, **settings: Any):
         self.label_smoothing = label_smoothing
         super().__init__(*arguments, **settings)
-        # so the Trainer leaves it to the loss to take the mean over all images of a step
+        # So the Trainer leaves it to the loss to take the mean over all images of a step.
         self.model_accepts_loss_kwargs = True
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor:
-        # mixed labels all count
+        # Mixed labels all count.
         labels = [batch["labels"] for batch in batch_samples]
         counts = [len(part) if part.ndim == 2 else int((part != IGNORED).sum()) for part in labels]
         count = torch.tensor(sum(counts), device=device)
@@ -64,17 +64,17 @@ class VisionEngine(Engine):
     ) -> Tensor | tuple[Tensor, Any]:
         outputs = model(pixel_values=inputs["pixel_values"])
         labels = inputs["labels"]
-        # mixed labels are smooth already
+        # Mixed labels are smooth already.
         smoothing = self.label_smoothing if model.training and labels.ndim == 1 else 0.0
         total = F.cross_entropy(
             outputs.logits.float(), labels, label_smoothing=smoothing, ignore_index=IGNORED, reduction="sum"
         )
-        # processes hold differently many images, and their gradients are averaged
+        # Processes hold differently many images, and their gradients are averaged.
         loss = total * self.args.world_size / num_items_in_batch
         return (loss, outputs) if return_outputs else loss
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        # a checkpoint is a run directory too: under timm's own names, and nothing pickled
+        # A checkpoint is a run directory too: under timm's own names, and nothing pickled.
         if self.args.should_save:
             model = self._weights()
             if self.whole is not None and state_dict is not None:
@@ -84,20 +84,20 @@ class VisionEngine(Engine):
 
 
 def train(recipe: VisionRecipe, output: str | Path, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
-    """Trains an image classifier and writes its run directory.
+    """Train an image classifier and write its run directory.
 
     Args:
-        recipe: The hyper-parameters; `data`, and `model` or `start_from`, must be set.
-        output: The run directory.
-        resume: Go on from the last checkpoint in it.
-        overwrite: Replace a former run in it.
+        recipe: the hyper-parameters; `data`, and `model` or `start_from`, must be set.
+        output: the run directory.
+        resume: go on from the last checkpoint in it.
+        overwrite: replace a former run in it.
 
     Returns:
         What `metrics.json` holds: the held-out accuracy, its course, the speed, the surroundings.
 
     Raises:
-        UserError: Data, model or run directory cannot be used.
-        Interrupted: It was asked to stop and has saved a checkpoint.
+        UserError: if data, model or run directory cannot be used.
+        Interrupted: if it was asked to stop and has saved a checkpoint.
     """
     output = Path(output)
     if recipe.data is None:
@@ -174,7 +174,7 @@ def planned_model(recipe: VisionRecipe, start: Pretrained | None = None) -> tupl
     the recipe.
 
     Raises:
-        UserError: There is no such model, none is named, or the one to start from is no classifier.
+        UserError: if there is no such model, none is named, or the one to start from is no classifier.
     """
     found = None
     if start:
@@ -213,13 +213,13 @@ def build_model(
     """The model to train, its `pretrained_cfg` telling how images are prepared for it.
 
     Raises:
-        UserError: The model cannot be made so, or does not match the weights to start from.
+        UserError: if the model cannot be made so, or does not match the weights to start from.
     """
     training_only = {"drop_rate": recipe.drop, "drop_path_rate": recipe.drop_path}
     model = run_directory.create_model(architecture, model_args, num_classes=len(classes), **training_only)
     cfg: dict[str, Any] = {**model.pretrained_cfg, "num_classes": len(classes), "label_names": list(classes)}
     if start:
-        # images go on being prepared as the weights know them
+        # Images go on being prepared as the weights know them.
         cfg |= {name: value for name, value in start.model.pretrained_cfg.items() if name in PREPARATION}
     channels = model_args.get("in_chans", 3)
     size = model_args.get("img_size", cfg["input_size"][-2:])
@@ -235,12 +235,12 @@ def build_model(
 
 
 def start_from(model: TimmModel, weights: TimmModel, source: str) -> None:
-    """Loads the weights to fine-tune, resampled to the model's image size.
+    """Load the weights to fine-tune, resampled to the model's image size.
 
     A classifier for other classes is left out, and that is said.
 
     Raises:
-        UserError: The weights do not match the model otherwise.
+        UserError: if the weights do not match the model otherwise.
     """
     state = weights.state_dict()
     fresh = model.state_dict()
@@ -330,7 +330,7 @@ def _finish(
     output: Path,
     workers: int,
 ) -> dict[str, Any]:
-    """Writes everything of the run directory that training itself has not."""
+    """Write everything of the run directory that training itself has not."""
     run_directory.save_classifier(wrapped, output)
     model = wrapped.timm_model
     logits, labels = logits_of(model, held_out, workers=workers)

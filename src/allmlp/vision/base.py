@@ -194,7 +194,7 @@ class VisionMLP(nn.Module):
             x = checkpoint(block, x) if self.grad_checkpointing else block(x)
             if index in wanted:
                 found[index] = self._normalised(x) if norm else x
-        # a pruned model has no more than these
+        # A pruned model has no more than these.
         kept = [found[index] for index in wanted if index in found]
         if output_fmt == "NCHW":
             kept = [y.permute(0, 3, 1, 2).contiguous() for y in kept]
