@@ -53,7 +53,7 @@ class Plan:
 
 def plans() -> list[Plan]:
     images = 1_281_167
-    # 8 processes × 256 images × 2 forward passes; the last step of an epoch takes what is left
+    # 8 processes × 256 images × 2 forward passes; the last step of an epoch takes what is left.
     steps = 300 * -(-images // 4096)
     batch, length = 256, 512
     with torch.device("meta"):

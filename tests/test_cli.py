@@ -305,7 +305,7 @@ from pathlib import Path
 attempt, rank = os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"]
 Path(sys.argv[1], f"began-{attempt}-{rank}").write_text(str(time.time()))
 if (attempt, rank) == ("1", "0"):
-    # the other one looks for it where it was before
+    # The other one looks for it where it was before.
     time.sleep(3)
 
 from allmlp.cli import main

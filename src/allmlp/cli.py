@@ -117,7 +117,7 @@ def _add_info(commands: Any) -> None:
 def _info(options: argparse.Namespace) -> None:
     import allmlp.vision  # noqa: F401 registers the architectures
     from allmlp.catalogue import is_language, layer_table, list_models
-    from allmlp.checkpoints.run_directory import require_architecture
+    from allmlp.checkpoints.timm_models import require_architecture
 
     if not is_language(options.model):
         require_architecture(options.model, also=[card.name for card in list_models() if is_language(card.name)])
@@ -370,7 +370,8 @@ def _add_convert(commands: Any) -> None:
     parser.add_argument(
         "checkpoint",
         metavar="CHECKPOINT",
-        help="a .pth, .pt, .bin, .safetensors or .npz file, the .index.json of several, or timm:NAME",
+        help="a .pth, .pt, .bin, .safetensors or .npz file, the .index.json of several, a directory with one of them, "
+        "or timm:NAME",
     )
     parser.add_argument("--output", type=_folder, required=True, metavar="DIR", help="the run directory")
     parser.add_argument("--source", metavar="S", help="who saved it; found out where it is left away")

@@ -41,7 +41,7 @@ class _Short(reprlib.Repr):
         self.maxlevel, self.maxstring, self.maxother = 3, 100, 100
 
     def repr_int(self, x: int, level: int) -> str:
-        # Python refuses to write thousands of digits
+        # Python refuses to write thousands of digits.
         return f"<a number of {x.bit_length():,} bits>" if x.bit_length() > 128 else str(x)
 
 

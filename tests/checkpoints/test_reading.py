@@ -196,7 +196,13 @@ class TestBrokenFiles:
     def test_one_that_is_not_there(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"no file .*nothing\.pth"):
             read_checkpoint(tmp_path / "nothing.pth")
-        with pytest.raises(UserError, match="is a directory"):
+        with pytest.raises(UserError, match="is a directory without a checkpoint in it; allmlp reads"):
+            read_checkpoint(tmp_path)
+
+    def test_several_in_a_directory(self, tmp_path: Path) -> None:
+        for name in ("best.pth", "last.pth", "config.json"):
+            (tmp_path / name).touch()
+        with pytest.raises(UserError, match=r"several checkpoints in it: name one of best\.pth, last\.pth\."):
             read_checkpoint(tmp_path)
 
     def test_an_empty_one(self, path: Path) -> None:
@@ -324,8 +330,9 @@ class TestSeveralFiles:
         index.write_text(json.dumps({"metadata": {}, "weight_map": files}))
         return index
 
-    def test_they_are_read_by_their_index(self, index: Path) -> None:
-        contents = read_checkpoint(index)
+    @pytest.mark.parametrize("by_directory", [False, True], ids=["index", "directory"])
+    def test_they_are_read_by_their_index(self, index: Path, by_directory: bool) -> None:
+        contents = read_checkpoint(index.parent if by_directory else index)
         assert contents.keys() == WEIGHTS.keys()
         assert all(torch.equal(contents[name], WEIGHTS[name]) for name in WEIGHTS)
 

@@ -182,12 +182,6 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["notes.txt", "report"]
 
 
-def test_the_widest_dtype_holds_all() -> None:
-    half, single, double = (torch.zeros(1, dtype=dtype) for dtype in (torch.float16, torch.float32, torch.float64))
-    assert run_directory.widest({"a": half}) == run_directory.widest({"a": half, "b": single}) == torch.float32
-    assert run_directory.widest({"a": half, "b": double}) == torch.float64
-
-
 def test_double_precision_is_kept(tmp_path: Path) -> None:
     model = timm.create_model("gmlp_nano_patch4_32", num_classes=3, **ARGUMENTS).double().eval()
     wrapped = run_directory.classifier(model, "gmlp_nano_patch4_32", ARGUMENTS, CLASSES)

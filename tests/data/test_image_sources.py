@@ -173,7 +173,7 @@ def test_a_file_that_is_not_parquet_is_refused(tmp_path: Path) -> None:
 
 
 def test_hub_datasets_load_through_datasets(tmp_path: Path) -> None:
-    # load_dataset takes a local repository exactly as it takes one from the Hub
+    # load_dataset takes a local repository exactly as it takes one from the Hub.
     _write(tmp_path / "repository" / "train.parquet", _rows(2), TYPED)
     _write(tmp_path / "repository" / "validation.parquet", _rows(1), TYPED)
     classes, splits = image_sources.hub(str(tmp_path / "repository"), None, None)

@@ -9,7 +9,7 @@ import timm
 from timm.layers import to_2tuple
 from torch import nn
 
-from allmlp.checkpoints import run_directory
+from allmlp.checkpoints.timm_models import create_model
 from allmlp.vision.base import VisionMLP
 
 # The fields of timm's `pretrained_cfg` that say how images are prepared.
@@ -40,7 +40,7 @@ class VisionArchitecture:
 
     def build(self) -> nn.Module:
         """The model with fresh weights."""
-        return run_directory.create_model(
+        return create_model(
             self.name, self.model_args, num_classes=self.num_classes, pretrained_cfg_overlay=dict(self.preparation)
         )
 

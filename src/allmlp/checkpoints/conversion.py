@@ -24,6 +24,7 @@ from allmlp.checkpoints import (
     vip,
 )
 from allmlp.checkpoints.architecture import Architecture, LanguageArchitecture
+from allmlp.checkpoints.fitting import check_shapes, load_weights, widest
 from allmlp.checkpoints.layout import Layout, Tensors
 from allmlp.checkpoints.reading import read_checkpoint
 from allmlp.checkpoints.unwrapping import check_weights, unwrap
@@ -151,9 +152,9 @@ def convert_state_dict(
     with torch.device("meta"):
         blank = architecture.build()
     weights = _fit(renamed, blank)
-    run_directory.check_shapes(blank, {name: list(tensor.shape) for name, tensor in weights.items()}, where)
-    model = architecture.build().to(run_directory.widest(renamed))
-    run_directory.load_weights(model, weights, where)
+    check_shapes(blank, {name: list(tensor.shape) for name, tensor in weights.items()}, where)
+    model = architecture.build().to(widest(renamed))
+    load_weights(model, weights, where)
     assumed = [
         f"{fact.name} is not stored; {fact.assumed.format(model=model)} is assumed."
         for fact in layout.facts

@@ -64,7 +64,7 @@ def _mixer(tensors: Tensors, facts: Facts) -> tuple[VisionArchitecture, Tensors]
     for name, tensor in rename(tensors, modules).items():
         module, _, parameter = name.rpartition(".")
         if parameter == "kernel":
-            # Flax writes [in, out] and [height, width, in, out]
+            # Flax writes [in, out] and [height, width, in, out].
             order = {2: (1, 0), 4: (3, 2, 0, 1)}.get(tensor.dim())
             if order is None:
                 raise UserError(f"The kernel of '{module}' has {tensor.dim()} dimensions; it should have 2 or 4.")

@@ -12,6 +12,7 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from allmlp.checkpoints import run_directory
 from allmlp.checkpoints.architecture import PREPARATION, Architecture, LanguageArchitecture, VisionArchitecture
 from allmlp.checkpoints.conversion import Conversion, MissingFacts, convert_checkpoint, convert_state_dict
+from allmlp.checkpoints.timm_models import require_architecture
 from allmlp.errors import UserError
 
 TIMM = "timm:"
@@ -80,7 +81,7 @@ def from_timm(name: str, **arguments: Any) -> Conversion:
     Raises:
         UserError: timm has no such model or no weights for it, cannot get at them, or it is of another family.
     """
-    run_directory.require_architecture(name)
+    require_architecture(name)
     if timm.model_entrypoint(name).__module__ != "timm.models.mlp_mixer":
         known = timm.list_models(module="mlp_mixer", pretrained=True)
         raise UserError(f"timm's {name} is none of its all-MLP models: {', '.join(known)}.")

@@ -23,6 +23,7 @@ from allmlp.errors import UserError, first_line
 
 _FORMATS = "allmlp reads PyTorch's .pth, .pt and .bin, safetensors and NumPy's .npz"
 _MIB = 2**20
+_SUFFIXES = {".pth", ".pt", ".bin", ".safetensors", ".npz"}
 INDEX = ".index.json"
 """How the name of an index ends."""
 _INDEX_BYTES = 2**26
@@ -38,7 +39,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     as text, a `defaultdict` as a dictionary, NumPy arrays without their numbers.
 
     Args:
-        path: the file, or of a model in several files their index, `….index.json`.
+        path: the file, or of a model in several files their index, `….index.json`; or a directory with no other one.
 
     Returns:
         The names at the top and what they hold; flat for safetensors and npz.
@@ -49,13 +50,13 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if path.is_dir():
-        raise UserError(f"{path} is a directory; name the checkpoint file in it.")
+        path = _only_one_in(path)
     if not path.is_file():
         raise UserError(f"There is no file {path}.")
     if path.name.endswith(INDEX):
         return _read_parts(path)
     part = _PART.search(path.name)
-    if part and int(part[2]) > 1:
+    if part and _is_part(path):
         index = f"{path.name[: part.start()]}{path.suffix}{INDEX}"
         raise UserError(f"{path} is one of {int(part[2])} files that hold a model together: name their index, {index}.")
     return _read_file(path)
@@ -81,6 +82,23 @@ def parts_of(index: str | Path) -> dict[str, list[str]]:
     for name, file in places.items():
         parts.setdefault(file, []).append(name)
     return parts
+
+
+def _only_one_in(directory: Path) -> Path:
+    files = sorted(file for file in directory.iterdir() if not file.name.startswith("."))
+    whole = [file for file in files if file.suffix in _SUFFIXES and not _is_part(file)]
+    found = whole + [file for file in files if file.name.endswith(INDEX)]
+    if not found:
+        raise UserError(f"{directory} is a directory without a checkpoint in it; {_FORMATS}.")
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found)
+        raise UserError(f"{directory} is a directory with several checkpoints in it: name one of {names}.")
+    return found[0]
+
+
+def _is_part(path: Path) -> bool:
+    part = _PART.search(path.name)
+    return part is not None and int(part[2]) > 1
 
 
 def _read_parts(index: Path) -> dict[str, Any]:
@@ -127,14 +145,14 @@ def _read_zip(path: Path) -> Any:
     if any(name.endswith("/data.pkl") for name in names):
         if any("/code/" in name for name in names):
             raise UserError(f"{path} is a TorchScript program, not weights; save the model's state_dict().")
-        # torch.save never compresses
+        # torch.save never compresses.
         if claimed > size:
             raise UserError(f"{path} is refused: it has {size:,} bytes and claims to hold {claimed:,}.")
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise UserError(f"{path} is refused: it is compressed, as PyTorch's checkpoints never are.")
         return _read_torch(path, Counter(entry.file_size for entry in entries if "/data/" in entry.filename))
     if names and all(name.endswith(".npy") for name in names):
-        # np.savez_compressed does, but weights barely shrink
+        # np.savez_compressed does, but weights barely shrink.
         if claimed > max(20 * size, 256 * _MIB):
             raise UserError(f"{path} is refused: it has {size:,} bytes and claims to hold {claimed:,}.")
         return _read_npz(path)
@@ -303,7 +321,7 @@ _PLAIN_CONTAINERS: dict[str, Any] = {
     "argparse.Namespace": argparse.Namespace,
     "numpy.dtype": _NumpyDtype,
     "numpy.ndarray": _NumpyArray,
-    # NumPy's before and since 2.0, pathlib's in Python 3.13 and in all others
+    # NumPy's before and since 2.0, pathlib's in Python 3.13 and in all others.
     **dict.fromkeys(("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"), _numpy_scalar),
     **dict.fromkeys(("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"), _numpy_array),
     **{

@@ -7,14 +7,12 @@ tokenizer.
 
 import dataclasses
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -22,9 +20,11 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from allmlp.checkpoints import description
+from allmlp.checkpoints.fitting import check_shapes, listed, load_weights, widest
 from allmlp.checkpoints.reading import INDEX, parts_of
+from allmlp.checkpoints.timm_models import TimmModel, create_model, require_architecture
 from allmlp.checkpoints.training_checkpoints import AVERAGED, checkpoints_in, last_checkpoint
-from allmlp.errors import UserError, nearest, shown
+from allmlp.errors import UserError, shown
 from allmlp.files import UNFINISHED, atomic_path, to_disk, write_json
 
 CONFIG, WEIGHTS, RECIPE, METRICS, REPORT = "config.json", "model.safetensors", "recipe.yaml", "metrics.json", "report"
@@ -53,9 +53,6 @@ _BESIDE = (
     "chat_template.jinja",
 )
 _PREFIX = "timm_model."
-
-TimmModel = Any
-"""An `nn.Module` with timm's interface: `pretrained_cfg`, `num_classes`, `no_weight_decay()` and so on."""
 
 
 def classifier(model: TimmModel, architecture: str, model_args: Mapping[str, Any], classes: Sequence[str]) -> Any:
@@ -256,14 +253,14 @@ def load_language(directory: str | Path, config: Mapping[str, Any]) -> Any:
         loaded: Any = kind.from_pretrained(
             directory, config=known, use_safetensors=True, output_loading_info=True, local_files_only=True
         )
-    # transformers, safetensors and the configuration each have errors of their own
+    # transformers, safetensors and the configuration each have errors of their own.
     except Exception as error:
         raise UserError(f"The language model in {directory} cannot be loaded: {str(error).strip()}") from error
     finally:
         if progress:
             transformers_logging.enable_progress_bar()
     model, report = loaded
-    found = [f"{len(keys)} {what}: {_listed(sorted(map(str, keys)))}" for what, keys in report.items() if keys]
+    found = [f"{len(keys)} {what}: {listed(sorted(map(str, keys)))}" for what, keys in report.items() if keys]
     if found:
         raise UserError(f"The weights of {directory} do not match the model.\n  " + "\n  ".join(found))
     if weights[0].name == AVERAGED:
@@ -300,85 +297,6 @@ def load_classifier(directory: str | Path, config: Mapping[str, Any]) -> TimmMod
     return model.eval()
 
 
-def create_model(architecture: str, model_args: Mapping[str, Any], **settings: Any) -> TimmModel:
-    """`timm.create_model` with a clear message.
-
-    Args:
-        architecture: the model's name.
-        model_args: arguments of the architecture; they may come from strangers.
-        settings: further arguments of `timm.create_model`.
-
-    Raises:
-        UserError: timm knows no such model (the nearest names are offered), or the model no such argument.
-    """
-    require_architecture(architecture)
-    description.check_model_args(model_args)
-    try:
-        return timm.create_model(architecture, **settings, **model_args)
-    # The arguments drive the constructors of any architecture.
-    except Exception as error:
-        reason = str(error)
-        twice = re.search(r"multiple values for keyword argument '(\w+)'", reason)
-        if twice:
-            reason = f"{twice[1]} is what its name stands for"
-        unknown = re.search(r"unexpected keyword argument '(\w+)'", reason)
-        if unknown:
-            reason = f"it has no argument '{unknown[1]}'"
-        raise UserError(f"{architecture} cannot be made with these arguments: {reason}") from error
-
-
-def require_architecture(name: str, also: Iterable[str] = ()) -> None:
-    """Check that timm knows a model of this name.
-
-    Args:
-        name: what has been asked for.
-        also: names to offer beside timm's.
-
-    Raises:
-        UserError: if it does not; the nearest names are offered.
-    """
-    if not timm.is_model(name.split(".")[0]):
-        raise UserError(f"There is no model '{name}'.{nearest(name, [*also, *timm.list_models()])}")
-
-
-def load_weights(model: TimmModel, state: Mapping[str, Tensor], where: str) -> None:
-    """Load weights, all of them and no others.
-
-    Raises:
-        UserError: if model and weights do not match; the message lists what is missing, unexpected or of another shape.
-    """
-    check_shapes(model, {name: list(tensor.shape) for name, tensor in state.items()}, where)
-    model.load_state_dict(state)
-
-
-def widest(tensors: Mapping[str, Tensor]) -> torch.dtype:
-    """The dtype to hold them all without loss: float32, or float64 where one is."""
-    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors.values()) else torch.float32
-
-
-def check_shapes(
-    model: nn.Module, shapes: Mapping[str, Sequence[int]], where: str, shared: Container[str] = ()
-) -> None:
-    """Check that weights of these shapes can be loaded; `shared` ones may be missing, others stand for them.
-
-    Raises:
-        UserError: as `load_weights`.
-    """
-    wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    problems = {
-        "missing": [name for name in wanted if name not in shapes and name not in shared],
-        "unexpected": [name for name in shapes if name not in wanted],
-        "of another shape": [
-            f"{name} {list(shapes[name])} instead of {shape}"
-            for name, shape in wanted.items()
-            if name in shapes and list(shapes[name]) != shape
-        ],
-    }
-    found = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in problems.items() if names]
-    if found:
-        raise UserError(f"The weights of {where} do not match the model.\n  " + "\n  ".join(found))
-
-
 def require_same_model(checkpoint: Path, model: Any, tokenizer: Any = None) -> None:
     """Check that a training of this model can go on from a checkpoint.
 
@@ -395,7 +313,7 @@ def require_same_model(checkpoint: Path, model: Any, tokenizer: Any = None) -> N
         check_shapes(getattr(model, "timm_model", model), _shapes([checkpoint / WEIGHTS]), str(checkpoint), shared)
         former, now = (_class_names(config) for config in (read_config(checkpoint), model.config.to_dict()))
         if former and former != now:
-            raise UserError(f"The classes of {checkpoint} are {_listed(former)}; those of the data are {_listed(now)}.")
+            raise UserError(f"The classes of {checkpoint} are {listed(former)}; those of the data are {listed(now)}.")
     vocabulary = checkpoint / "tokenizer.json"
     if tokenizer is not None and vocabulary.is_file():
         other = set(Tokenizer.from_file(str(vocabulary)).get_vocab().items()) ^ set(tokenizer.get_vocab().items())
@@ -469,10 +387,6 @@ def _state(weights: Sequence[Path]) -> dict[str, Tensor]:
 def _allowed(shapes: Mapping[str, Any]) -> int:
     # Modules may make some weights more than once.
     return 4 * len(shapes) + 1000
-
-
-def _listed(names: Sequence[str], count: int = 8) -> str:
-    return ", ".join(names[:count]) + (f", … ({len(names) - count} more)" if len(names) > count else "")
 
 
 def _plain(value: Any) -> Any:

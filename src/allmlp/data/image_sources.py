@@ -164,7 +164,7 @@ def _from_tables(tables: Any, data: str, image_column: str | None, label_column:
             raise UserError(f"Split '{name}' of {data} has labels that are no class: {', '.join(strange[:5])}.")
         try:
             column = tables[name].cast_column(image_column, datasets.Image(decode=False))[image_column]
-        # Arrow has an error for each pair of types, datasets for others
+        # Arrow has an error for each pair of types, datasets for others.
         except Exception as error:
             raise UserError(f"Column '{image_column}' of {data} holds no images: {error}") from error
         splits[split] = LabelledImages(

@@ -151,7 +151,7 @@ def _open(file: Any) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    # Pillow reads 16 bits of PNG and PPM into 32 where it has no mode for them
+    # Pillow reads 16 bits of PNG and PPM into 32 where it has no mode for them.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):

@@ -307,7 +307,7 @@ def read_tables(data: str) -> dict[str, Any]:
             found = datasets.load_dataset(repository, configuration or None)
     except UserError:
         raise
-    # datasets, the Hub's client and the readers each have errors of their own
+    # datasets, the Hub's client and the readers each have errors of their own.
     except Exception as error:
         reason = first_line(error.__cause__ or error)
         if not path.exists():

@@ -67,7 +67,7 @@ def make_tokenizer(name: str, texts: Iterable[Readable], *, trained_size: int | 
     tokenizer.add_special_tokens(missing)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    # generate() wants the padding on the left, and other tasks do not mind; what is saved are the first settings
+    # generate() wants the padding on the left, and other tasks do not mind; what is saved are the first settings.
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
     return tokenizer
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from allmlp.checkpoints import run_directory
-from allmlp.checkpoints.run_directory import TimmModel
+from allmlp.checkpoints.timm_models import TimmModel
 from allmlp.data import as_is, image_sources
 from allmlp.data.image_batches import ImageBatches, evaluation_transform
 from allmlp.data.images import image_mode, load_images, read_all, read_images

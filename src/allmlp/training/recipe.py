@@ -221,6 +221,7 @@ def task_of(settings: Mapping[str, Any]) -> str:
 
 def _task_of_model(model: Any, start_from: Any) -> str:
     from allmlp.checkpoints import run_directory
+    from allmlp.checkpoints.timm_models import require_architecture
     from allmlp.language.configuration import VARIANTS
 
     if isinstance(model, str):
@@ -228,7 +229,7 @@ def _task_of_model(model: Any, start_from: Any) -> str:
             return CausalRecipe.task
         import allmlp.vision  # noqa: F401 registers the architectures
 
-        run_directory.require_architecture(model, also=VARIANTS)
+        require_architecture(model, also=VARIANTS)
     elif model is None and isinstance(start_from, str) and Path(start_from).is_dir():
         return run_directory.task(start_from)
     return VisionRecipe.task

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from allmlp.checkpoints.run_directory import TimmModel
+from allmlp.checkpoints.timm_models import TimmModel
 from allmlp.data.image_batches import ImageBatches
 from allmlp.data.labelled_images import LabelledImages, decode
 from allmlp.files import atomic_path

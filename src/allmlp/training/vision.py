@@ -16,8 +16,9 @@ from transformers import set_seed
 
 from allmlp.checkpoints import run_directory
 from allmlp.checkpoints.architecture import PREPARATION, VisionArchitecture
+from allmlp.checkpoints.fitting import load_weights
 from allmlp.checkpoints.pretrained import Pretrained, find_pretrained
-from allmlp.checkpoints.run_directory import TimmModel
+from allmlp.checkpoints.timm_models import TimmModel, create_model
 from allmlp.checkpoints.training_checkpoints import checkpoint_step
 from allmlp.data import as_is
 from allmlp.data.image_batches import ImageBatches, training_transform
@@ -216,7 +217,7 @@ def build_model(
         UserError: if the model cannot be made so, or does not match the weights to start from.
     """
     training_only = {"drop_rate": recipe.drop, "drop_path_rate": recipe.drop_path}
-    model = run_directory.create_model(architecture, model_args, num_classes=len(classes), **training_only)
+    model = create_model(architecture, model_args, num_classes=len(classes), **training_only)
     cfg: dict[str, Any] = {**model.pretrained_cfg, "num_classes": len(classes), "label_names": list(classes)}
     if start:
         # Images go on being prepared as the weights know them.
@@ -258,7 +259,7 @@ def start_from(model: TimmModel, weights: TimmModel, source: str) -> None:
         state |= {name: fresh[name] for name in head}
     if isinstance(model, VisionMLP) and isinstance(weights, VisionMLP):
         state = resample_state_dict(state, model, weights.stem.grid_size)
-    run_directory.load_weights(model, state, source)
+    load_weights(model, state, source)
 
 
 def training_batches(recipe: VisionRecipe, data: ImageData, cfg: dict[str, Any]) -> ImageBatches | ImageStream:
