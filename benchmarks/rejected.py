@@ -6,6 +6,7 @@ Three minutes on two cores. A ratio above 1 means that the form left out takes l
 """
 
 import argparse
+import math
 from collections.abc import Callable, Mapping
 
 import timm
@@ -50,6 +51,7 @@ def _cases(dtype: torch.dtype) -> list[tuple[str, Forms]]:
         ("weight's gradient 1568 × 384 → 1536", _weight_gradient(dtype, 1568, 384, 1536)),
         ("branches of Permute-MLP, 16 × 16", _permuted_branches(dtype)),
         ("GELU of 1568 × 1536", _gelu(dtype)),
+        ("GELU and gradient of 1568 × 1536", _gelu_and_gradient(dtype)),
         ("network gMLP-S, batch 8", _slices(dtype)),
         ("network gMLP-S, compiled", _compiled(dtype)),
     ]
@@ -133,6 +135,26 @@ def _permuted_branches(dtype: torch.dtype) -> Forms:
 def _gelu(dtype: torch.dtype) -> Forms:
     x = torch.randn(1568, 1536).to(dtype)
     return {"error function": lambda: F.gelu(x), "tanh": lambda: F.gelu(x, approximate="tanh")}
+
+
+def _gelu_and_gradient(dtype: torch.dtype) -> Forms:
+    x, grad = torch.randn(2, 1568, 1536).to(dtype)
+
+    def together(rows: int) -> tuple[Tensor, Tensor]:
+        y, grad_x = torch.empty_like(x), torch.empty_like(x)
+        for x_, grad_, y_, grad_x_ in zip(*(t.split(rows) for t in (x, grad, y, grad_x)), strict=True):
+            distribution = (x_ * math.sqrt(0.5)).erf_().add_(1).mul_(0.5)
+            torch.mul(x_, distribution, out=y_)
+            density = torch.mul(x_, x_, out=grad_x_).mul_(-0.5).exp_()
+            torch.add(distribution, density.mul_(x_), alpha=1 / math.sqrt(2 * math.pi), out=grad_x_).mul_(grad_)
+        return y, grad_x
+
+    pieces = {f"pieces of {rows}": lambda rows=rows: together(rows) for rows in (32, 128)}
+    return {
+        "two operators": lambda: (F.gelu(x), torch.ops.aten.gelu_backward(grad, x)),
+        "one error function": lambda: together(len(x)),
+        **pieces,
+    }
 
 
 def _slices(dtype: torch.dtype) -> Forms:
