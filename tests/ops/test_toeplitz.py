@@ -55,6 +55,20 @@ def test_lower_precision(dtype, backend, causal) -> None:
     assert_close(out, toeplitz_product_reference(lags.double(), v.double(), causal=causal))
 
 
+@pytest.mark.parametrize("backend", ["dense", "fft"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_lags_gradient_is_summed_in_more_than_16_bits(dtype, backend) -> None:
+    """Numbers of one sign would stop growing where the next one is below the sum's last bit."""
+    lags, v = (x.to(dtype).requires_grad_() for x in (torch.randn(1, 511) / 16, torch.rand(1, 512, 2)))
+    exact = lags.detach().double().requires_grad_()
+    upstream = torch.rand(1, 512, 2).to(dtype) / 16
+    (grad,) = torch.autograd.grad(toeplitz_product(lags, v, backend=backend), lags, upstream)
+    dense = toeplitz_product(exact, v.double(), backend="dense")
+    (expected,) = torch.autograd.grad(dense, exact, upstream.double())
+    assert grad.dtype == dtype
+    torch.testing.assert_close(grad.double(), expected, rtol=torch.finfo(dtype).eps, atol=0)
+
+
 def test_automatic_choice_agrees_on_both_sides_of_the_crossover() -> None:
     for tokens in (FFT_TOKENS - 1, FFT_TOKENS):
         lags, v = torch.randn(1, 2 * tokens - 1) / tokens**0.5, torch.randn(1, tokens, 2)

@@ -39,19 +39,22 @@ def toeplitz_matrix(
     lags: Float[Tensor, "heads lags"], tokens: int, *, causal: bool = False
 ) -> Float[Tensor, "heads tokens tokens"]:
     """The dense matrix `W[i, j] = w[i − j]`, zero where `i − j` is beyond the stored lags (causal: or negative)."""
-    reach = (lags.shape[-1] + 1) // 2
+    reach, dtype = (lags.shape[-1] + 1) // 2, lags.dtype
+    if torch.is_grad_enabled() and lags.requires_grad:
+        # A lag's gradient is the sum over its diagonal, which torch adds up in the dtype of the lags.
+        lags = lags.to(torch.promote_types(dtype, torch.float32))
     if torch.compiler.is_exporting():
         # Windows have a fixed length in an exported graph.
         places = torch.arange(tokens, device=lags.device)
         lag = places.unsqueeze(-1) - places
         inside = (lag < reach) & (lag > (-1 if causal else -reach))
-        return lags[:, lag.clamp(1 - reach, reach - 1) + reach - 1] * inside
+        return (lags[:, lag.clamp(1 - reach, reach - 1) + reach - 1] * inside).to(dtype)
     if causal:
         lags = F.pad(lags[:, reach - 1 :], (reach - 1, 0))
     missing = tokens - reach
     # Row i of W, read from right to left, is the window of length `tokens` that begins at lag i − (tokens − 1).
     window = F.pad(lags, (missing, missing)) if missing else lags
-    return window.flip(-1).unfold(-1, tokens, 1).flip(-2)
+    return window.flip(-1).unfold(-1, tokens, 1).flip(-2).to(dtype)
 
 
 def toeplitz_product(
