@@ -78,6 +78,15 @@ def test_automatic_choice_agrees_on_both_sides_of_the_crossover() -> None:
         assert_close(chosen, toeplitz_product(lags.double(), v.double(), causal=True, backend="dense"))
 
 
+def test_a_batch_of_none_is_taken_at_every_length() -> None:
+    for tokens in (3, FFT_TOKENS):
+        lags, v = torch.randn(2, 9, requires_grad=True), torch.randn(0, tokens, 4)
+        out = toeplitz_product(lags, v)
+        assert out.shape == v.shape
+        out.sum().backward()
+        assert torch.equal(lags.grad, torch.zeros(2, 9))
+
+
 @pytest.mark.parametrize("backend", ["dense", "fft"])
 def test_derivatives(backend) -> None:
     arguments = [torch.randn(2, 5, dtype=torch.float64, requires_grad=True), inputs(3, 4)[1]]

@@ -74,7 +74,8 @@ def toeplitz_product(
         v: any floating dtype; the FFT runs in float32 for 16-bit inputs, the dense product accumulates in float32.
         bias: `b`, one number a head; None for none.
         causal: read tokens `j ≤ i` only. Through the FFT a later token still moves earlier results by rounding.
-        backend: `"auto"` takes the FFT from `FFT_TOKENS` tokens on, except while the model is traced for export.
+        backend: `"auto"` takes the FFT from `FFT_TOKENS` tokens on, except for a batch of none and while the model is
+            traced for export.
 
     Returns:
         The product, shaped and typed like `v`.
@@ -84,7 +85,9 @@ def toeplitz_product(
     """
     tokens = v.shape[1]
     if backend == "auto":
-        backend = "dense" if torch.compiler.is_exporting() or tokens < FFT_TOKENS else "fft"
+        # No FFT library takes a batch of none.
+        dense = torch.compiler.is_exporting() or tokens < FFT_TOKENS or v.shape[0] == 0
+        backend = "dense" if dense else "fft"
     if backend == "dense":
         bias = lags.new_zeros(lags.shape[0], 1) if bias is None else bias
         return spatial_projection(v, toeplitz_matrix(lags, tokens), bias, causal=causal)
