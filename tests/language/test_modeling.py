@@ -325,6 +325,17 @@ def test_sinusoids_alternate_sine_and_cosine() -> None:
             assert table[p, c].item() == pytest.approx(math.cos(angle) if c % 2 else math.sin(angle), abs=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_sinusoids_do_not_depend_on_the_default_dtype(dtype) -> None:
+    expected = sinusoids(torch.arange(600), 8)
+    try:
+        torch.set_default_dtype(dtype)
+        found = sinusoids(torch.arange(600), 8)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
+
+
 def test_bad_input_is_refused_in_a_sentence() -> None:
     model = tiny_model(GMLPForCausalLM)
     with pytest.raises(UserError, match="token ids must lie between 0 and 30, got 31; does the tokenizer belong"):

@@ -407,7 +407,11 @@ def _directed(config: GMLPConfig, *, causal: bool) -> GMLPConfig:
 
 
 def sinusoids(positions: Int[Tensor, "*batch tokens"], channels: int) -> Float[Tensor, "*batch tokens channels"]:
-    """Sine in the even and cosine in the odd channels, of wavelengths from 2π to 20000π (arXiv 1706.03762, 3.5)."""
-    steps = torch.arange(0, channels, 2, device=positions.device)
+    """Sine in the even and cosine in the odd channels, of wavelengths from 2π to 20000π (arXiv 1706.03762, 3.5).
+
+    In float32.
+    """
+    # Neither coarser nor finer than the tables that models are trained with, whatever torch's default dtype is.
+    steps = torch.arange(0, channels, 2, dtype=torch.float32, device=positions.device)
     angles = positions.unsqueeze(-1) * torch.exp(steps * (-math.log(10_000) / channels))
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)[..., :channels]
