@@ -271,6 +271,17 @@ def test_sequence_classification_reads_real_tokens(side, causal) -> None:
     assert_close(out[0], model.score(pooled).detach().double())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_long_texts_are_pooled_in_16_bits(dtype) -> None:
+    model = tiny_model(GMLPForSequenceClassification, spatial_weight="toeplitz").to(dtype)
+    nn.init.zeros_(model.model.norm.weight)
+    nn.init.constant_(model.model.norm.bias, 20)
+    ids = tokens(1, 4001)
+    expected = model.score(model.model.norm.bias).detach()
+    for mask in (None, torch.ones_like(ids)):
+        assert_close(first(model, ids, attention_mask=mask)[0], expected.double())
+
+
 def test_classification_losses() -> None:
     ids = tokens(2, 5)
     model = tiny_model(GMLPForSequenceClassification, num_labels=3)

@@ -384,7 +384,10 @@ class GMLPForSequenceClassification(GMLPPreTrainedModel):
             return hidden[:, -1] if self.config.is_decoder else hidden.mean(1)
         real = attention_mask.to(hidden.dtype)
         if not self.config.is_decoder:
-            return (hidden * real.unsqueeze(-1)).sum(1) / real.sum(1, keepdim=True).clamp(min=1)
+            # A long text's sum, and the number of its tokens, need not fit into 16 bits.
+            wide = torch.promote_types(hidden.dtype, torch.float32)
+            total, count = (x.sum(1, dtype=wide) for x in (hidden * real.unsqueeze(-1), real.unsqueeze(-1)))
+            return (total / count.clamp(min=1)).to(hidden.dtype)
         last = (attention_mask.bool() * torch.arange(hidden.shape[1], device=hidden.device)).argmax(-1)
         return hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
 
