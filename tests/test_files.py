@@ -1,5 +1,6 @@
 import contextlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -32,3 +33,17 @@ def test_a_path_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     check_writable(file)
     assert json.loads(file.read_text()) == {"a": 1}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file.json", "folder"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions are POSIX's")
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o007, 0o660), (0o077, 0o600)])
+def test_permissions_are_the_umasks(umask: int, mode: int, tmp_path: Path) -> None:
+    """Also where a library writes its files for their owner alone."""
+    former = os.umask(umask)
+    try:
+        with atomic_path(tmp_path / "weights") as temporary:
+            temporary.touch(mode=0o600)
+    finally:
+        os.umask(former)
+    assert (tmp_path / "weights").stat().st_mode & 0o777 == mode
+    assert [path.name for path in tmp_path.iterdir()] == ["weights"]

@@ -58,9 +58,15 @@ def write_json(path: str | Path, content: Any) -> None:
 
 
 def to_disk(path: Path) -> None:
-    """Wait until a file, or a directory's list of names, is on the disk itself."""
+    """Wait until a file, readable to whom new files are, or a directory's list of names is on the disk itself."""
     if os.name != "posix":
         return
+    if path.is_file():
+        # safetensors hides what it writes from all but its owner, whatever the umask and the folder say.
+        probe = path.with_name(f".probe{UNFINISHED}")
+        probe.touch()
+        path.chmod(probe.stat().st_mode)
+        probe.unlink()
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -42,6 +42,13 @@ def test_the_weights_of_a_fresh_model_are_left_as_they_are() -> None:
     torch.testing.assert_close(run_directory.plain_state_dict(wrapped), before, rtol=0, atol=0)
 
 
+def test_files_of_a_run_are_readable_to_whom_new_files_are(saved: tuple[Path, torch.nn.Module], tmp_path: Path) -> None:
+    (tmp_path / "new").touch()
+    run_directory.save_language(tmp_path / "text", GMLPForCausalLM(tiny_config()))
+    for path in (*saved[0].iterdir(), *(tmp_path / "text").iterdir()):
+        assert path.stat().st_mode == (tmp_path / "new").stat().st_mode, path
+
+
 def test_transformers_timm_and_allmlp_load_the_same_model(saved: tuple[Path, torch.nn.Module]) -> None:
     run, model = saved
     images = torch.randn(2, 3, 8, 8)
