@@ -1,5 +1,7 @@
 """gMLP language models where their users meet them: transformers, PEFT, compilers, 16-bit arithmetic."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -61,10 +63,13 @@ def test_trainer_learns_and_its_checkpoint_loads(kind, tmp_path) -> None:
     text = ["abcabcabcabc", "xyzxyzxyz"] * 8
     tokenizer = letters()
     rows = [tokenizer(line) for line in text]
+    # By its name since transformers 5.23, or before.
+    kept = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"
+    recomputing: dict[str, Any] = {f"{kept}_checkpointing": True}
+    recomputing[f"{kept}_checkpointing_kwargs"] = {"use_reentrant": False}
     arguments = TrainingArguments(
         output_dir=str(tmp_path), max_steps=30, per_device_train_batch_size=8, learning_rate=0.03, report_to=[],
-        logging_steps=5, save_strategy="no", use_cpu=True, disable_tqdm=True, activation_checkpointing=True,
-        activation_checkpointing_kwargs={"use_reentrant": False},
+        logging_steps=5, save_strategy="no", use_cpu=True, disable_tqdm=True, **recomputing,
     )  # fmt: skip
     torch.manual_seed(0)
     model = kind(tiny_model(kind).config)
