@@ -57,6 +57,12 @@ def test_help_needs_none_of_the_heavy_libraries() -> None:
         assert words in done.stdout
 
 
+def test_a_process_without_output_ends_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a scheduler may start it, with stdout closed."""
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["models", "gmlp_nano*"]) == 0
+
+
 @pytest.mark.parametrize(
     "arguments",
     ["", "nonsense", "train", "train digits --schedule zigzag --output x", "info m --img-size a"],

@@ -40,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _quieten()
     try:
         options.run(options)
-        sys.stdout.flush()
+        # Unlike the stream's own method, it takes a process without one.
+        print(end="", flush=True)
     except (Interrupted, Diverged) as stop:
         # It stops every process of a distributed training, and the first one tells.
         if is_first_process():
