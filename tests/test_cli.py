@@ -1,5 +1,6 @@
 """The command line as its users meet it."""
 
+import io
 import json
 import os
 import signal
@@ -55,6 +56,19 @@ def test_help_needs_none_of_the_heavy_libraries() -> None:
         "peak learning rate of AdamW (default: 0.001)",
     ):
         assert words in done.stdout
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_json_is_json_in_any_encoding(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a pipe on Windows, or in the C locale; what no encoding has is a file's name of other bytes."""
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    name = "\xd7-é-犬-\U0001f600-\udcff"
+    monkeypatch.setattr(evaluation, "predict", lambda *arguments, **settings: [{"file": name, "classes": []}])
+    monkeypatch.setattr(cli, "_reads_text", lambda options: False)
+    assert main(["predict", "run", "picture.png", "--json"]) == 0
+    stream.flush()
+    assert json.loads(stream.buffer.getvalue().decode(encoding)) == [{"file": name, "classes": []}]
 
 
 def test_a_process_without_output_ends_well(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -536,7 +536,17 @@ def _size(text: str) -> int | tuple[int, int]:
 
 
 def _answer(options: argparse.Namespace, content: Any, text: Callable[[], str]) -> None:
-    print(json.dumps(content, indent=2, ensure_ascii=False) if options.json else text())
+    print(_json(content) if options.json else text())
+
+
+def _json(content: Any) -> str:
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        # The stream's own escapes are not all JSON's.
+        return json.dumps(content, indent=2)
+    return text
 
 
 def _quieten() -> None:
