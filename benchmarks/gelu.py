@@ -40,6 +40,7 @@ def fit(rounds: int = 200) -> tuple[Tensor, Tensor, float]:
     nodes = FITTED / 2 * (1 - torch.cos(torch.pi * (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000))
     wanted = (torch.special.ndtr(nodes) - 0.5) / nodes
     exponents = torch.arange(DEGREE + 1)
+    scales = FITTED ** (2 * exponents.double())
     powers = (nodes / FITTED).square().unsqueeze(1) ** exponents
     weights, denominator, least = torch.ones_like(nodes), torch.ones_like(nodes), float("inf")
     for _ in range(rounds):
@@ -51,7 +52,7 @@ def fit(rounds: int = 200) -> tuple[Tensor, Tensor, float]:
         error = (nodes**2 * (powers @ above / denominator - wanted)).abs()
         if error.max() < least:
             least = error.max().item()
-            best = above / FITTED ** (2 * exponents), below / FITTED ** (2 * exponents)
+            best = above / scales, below / scales
         weights = weights * (error / error.max() + 1e-3)
         weights = weights / weights.max()
     return *best, least
