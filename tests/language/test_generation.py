@@ -149,6 +149,45 @@ def test_the_returned_cache_goes_on() -> None:
     assert torch.equal(model.generate(part.sequences, cache=cache, max_new_tokens=3, do_sample=False), expected)
 
 
+def test_a_cache_goes_on_with_the_new_tokens_alone_up_to_the_context(caplog) -> None:
+    model, text = tiny_model(GMLPForCausalLM), tokens(1, 6)
+    cache = GMLPCache(model.config)
+    model(text[:, :4], cache=cache)
+    wanted = {"max_new_tokens": 20, "do_sample": False}
+    out = model.generate(text[:, 4:], attention_mask=torch.ones_like(text), cache=cache, **wanted)
+    assert "generation stops at the model's context of 12 tokens, 14 short" in caplog.text
+    assert torch.equal(out[:, 2:], model.generate(text, **wanted)[:, 6:])
+
+
+@pytest.mark.parametrize("options", DENSE.values(), ids=DENSE.keys())
+def test_a_cache_goes_on_behind_a_window_that_has_moved(options) -> None:
+    model, prompt = tiny_model(GMLPForCausalLM, **options), tokens(2, 4)
+    wanted = {"do_sample": False, "context_overflow": "reprefill"}
+    part = model.generate(prompt, max_new_tokens=12, return_dict_in_generate=True, **wanted)
+    text = torch.cat([part.sequences, tokens(2, 2)], dim=1)
+    expected = model.generate(text, max_new_tokens=9, **wanted)
+    assert torch.equal(model.generate(text, cache=getattr(part, CACHE), max_new_tokens=9, **wanted), expected)
+
+
+def test_what_a_cache_cannot_go_on_with_is_refused_in_a_sentence() -> None:
+    model, text = tiny_model(GMLPForCausalLM), tokens(1, 6)
+    cache = GMLPCache(model.config)
+    model(text, cache=cache)
+    for prompt in (text, text[:, :2]):
+        with pytest.raises(UserError, match=rf"already holds 6 tokens, the text has {prompt.shape[1]}"):
+            model.generate(prompt, cache=cache, max_new_tokens=2)
+    more = torch.cat([text, tokens(1, 1)], dim=1)
+    for drafts in ({"prompt_lookup_num_tokens": 2}, {"assistant_model": model}, {"assistant_early_exit": 1}):
+        with pytest.raises(UserError, match=f"{next(iter(drafts))} begins with the whole text"):
+            model.generate(more, cache=cache, max_new_tokens=2, **drafts)
+    with pytest.raises(UserError, match="reprefill' needs the whole text"):
+        model.generate(
+            more[:, 6:], attention_mask=torch.ones_like(more), cache=cache, max_new_tokens=2,
+            context_overflow="reprefill",
+        )  # fmt: skip
+    assert model.generate(more, cache=cache, max_new_tokens=2, do_sample=False).shape == (1, 9)
+
+
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("options", DENSE.values(), ids=DENSE.keys())
 def test_a_full_context_stops_with_a_message(options, use_cache, caplog) -> None:
@@ -249,9 +288,17 @@ def test_bad_prompts_are_refused_in_a_sentence() -> None:
 
 def test_drafts_do_not_go_with_reprefill_but_with_other_models() -> None:
     model, prompt = tiny_model(GMLPForCausalLM), tokens(1, 5)
-    for drafts in ({"prompt_lookup_num_tokens": 2}, {"assistant_model": tiny_model(GMLPForCausalLM)}):
+    asked = {
+        "prompt_lookup_num_tokens": 2, "assistant_model": tiny_model(GMLPForCausalLM), "assistant_early_exit": 1,
+        "prefill_chunk_size": 3,
+    }  # fmt: skip
+    for drafts in ({name: value} for name, value in asked.items()):
         with pytest.raises(UserError, match=f"reprefill' does not go with {next(iter(drafts))}"):
             model.generate(prompt, max_new_tokens=20, context_overflow="reprefill", **drafts)
+    model.generation_config.prompt_lookup_num_tokens = 2
+    with pytest.raises(UserError, match="reprefill' does not go with prompt_lookup_num_tokens"):
+        model.generate(prompt, max_new_tokens=20, context_overflow="reprefill")
+    model.generation_config.prompt_lookup_num_tokens = None
     sizes = {"n_embd": 8, "n_head": 1, "n_layer": 1, "bos_token_id": None, "eos_token_id": None}
     other = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, **sizes)).eval()
     wanted = {"max_new_tokens": 6, "do_sample": False}

@@ -55,6 +55,7 @@ class GMLPCache(Cache):
         self.lengths: Int[Tensor, " batch"] | None = None  # real tokens of each row; None: `longest` in every row
         self.base = 0  # position of the first place kept
         self.window_start = 0  # column that the first place belongs to, see GMLPGenerationMixin
+        self.unseen = 0  # tokens kept that generate's input_ids lack, likewise
         for layer in self.kept:
             layer.buffers = {}
 

@@ -17,6 +17,8 @@ from allmlp.language.inputs import check_token_ids
 logger = logging.get_logger(__name__)
 
 ContextOverflow = Literal["stop", "reprefill"]
+# What has transformers draft tokens, some of which are taken back.
+_DRAFTS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
 
 
 class GMLPGenerationMixin(GenerationMixin):
@@ -35,7 +37,8 @@ class GMLPGenerationMixin(GenerationMixin):
         """Generate as `transformers.GenerationMixin.generate` does.
 
         Args:
-            inputs: prompts, padded on the left.
+            inputs: prompts, padded on the left. With a cache the whole text, the tokens in it too; or the new tokens
+                alone, and an `attention_mask` of the whole.
             generation_config: how to generate.
             args: further positional arguments of transformers' `generate`.
             context_overflow: what to do when the context is full. `"stop"` ends there. `"reprefill"` drops the older
@@ -48,32 +51,40 @@ class GMLPGenerationMixin(GenerationMixin):
             What transformers' `generate` returns.
 
         Raises:
-            UserError: if the prompt is empty, longer than the context, or has ids outside the vocabulary, or what is
-                asked for does not go with the model's own cache.
+            UserError: if the prompt is empty, longer than the context, has ids outside the vocabulary or none that the
+                cache lacks, or what is asked for does not go with the model's own cache.
         """
         if context_overflow not in ("stop", "reprefill"):
             raise UserError(f"context_overflow must be 'stop' or 'reprefill', got {context_overflow!r}")
-        asked = {**(generation_config.to_dict() if generation_config is not None else {}), **kwargs}
-        if asked.get("cache_implementation") is not None:
+        reprefills = context_overflow == "reprefill" and self._context is not None
+
+        def asks(name: str) -> bool:
+            own, given = (getattr(config, name, None) for config in (self.generation_config, generation_config))
+            return kwargs.get(name, own if given is None else given) is not None
+
+        if asks("cache_implementation"):
             raise UserError("gMLP models decode on their own cache: leave cache_implementation out")
-        if context_overflow == "reprefill" and self._context is not None:
-            drafted = [name for name in ("assistant_model", "prompt_lookup_num_tokens") if asked.get(name) is not None]
-            if drafted:
-                raise UserError(f"context_overflow='reprefill' does not go with {drafted[0]}: leave one of them out")
+        drafts = [name for name in _DRAFTS if asks(name)]
+        if reprefills:
+            # Drafts are taken back and parts of a prompt counted as if no earlier token had left the window.
+            for name in [*drafts, *filter(asks, ["prefill_chunk_size"])]:
+                raise UserError(f"context_overflow='reprefill' does not go with {name}: leave one of them out")
             kwargs["context_overflow"] = context_overflow
+        cache = given_cache(kwargs.pop("cache", None), kwargs.pop("past_key_values", None))
+        if cache is not None:
+            kwargs[CACHE], cache.unseen = cache, 0
+            if drafts and cache.longest:
+                raise UserError(f"{drafts[0]} begins with the whole text: leave out either it or the cache")
         prompt = inputs if inputs is not None else kwargs.get("input_ids")
         start = prompt if prompt is not None else kwargs.get("inputs_embeds")
         if prompt is not None:
-            self._check_prompt(prompt, context_overflow)
-        elif start is not None and context_overflow == "reprefill" and self._context is not None:
+            self._check_prompt(prompt, kwargs.get("attention_mask"), cache, reprefills)
+        elif start is not None and reprefills:
             raise UserError("context_overflow='reprefill' needs the prompt as input_ids, to compute it again")
         mask = kwargs.get("visibility_mask")
         if mask is not None and mask.dim() == 2 and start is not None:
             # transformers repeats every argument's first axis for beams and returned sequences.
             kwargs["visibility_mask"] = mask.expand(start.shape[0], *mask.shape)
-        cache = given_cache(kwargs.pop("cache", None), kwargs.pop("past_key_values", None))
-        if cache is not None:
-            kwargs[CACHE] = cache
         return cast(Any, super()).generate(inputs, generation_config, *args, **kwargs)
 
     @property
@@ -81,15 +92,26 @@ class GMLPGenerationMixin(GenerationMixin):
         """Columns that fit, None: any number."""
         return None if self.config.spatial_weight == "toeplitz" else self.config.max_position_embeddings
 
-    def _check_prompt(self, prompt: Tensor, context_overflow: ContextOverflow) -> None:
+    def _check_prompt(self, prompt: Tensor, mask: Tensor | None, cache: GMLPCache | None, reprefills: bool) -> None:
         if prompt.shape[1] == 0:
             raise UserError("the prompt is empty: give at least one token")
         check_token_ids(prompt, self.config.vocab_size)
-        if self._context is not None and context_overflow == "stop" and prompt.shape[1] >= self._context:
+        tokens = prompt.shape[1] if mask is None else max(prompt.shape[1], mask.shape[-1])
+        if cache is not None:
+            cache.unseen = tokens - prompt.shape[1]
+            kept = cache.window_start + cache.longest
+            if kept >= tokens:
+                raise UserError(
+                    f"the cache already holds {kept} tokens, the text has {tokens}: give the tokens in the cache and "
+                    "at least one more"
+                )
+            if cache.unseen and reprefills:
+                raise UserError("context_overflow='reprefill' needs the whole text, to compute it again")
+        if self._context is not None and not reprefills and tokens >= self._context:
             raise UserError(
-                f"the prompt has {prompt.shape[1]} tokens and leaves no room in the model's context of "
-                f"{self._context}; shorten it, or generate with context_overflow='reprefill' (--context-overflow "
-                "reprefill), which reads the end of it"
+                f"the prompt has {tokens} tokens and leaves no room in the model's context of {self._context}; shorten "
+                "it, or generate with context_overflow='reprefill' (--context-overflow reprefill), which reads the end "
+                "of it"
             )
 
     def prepare_inputs_for_generation(  # pyrefly: ignore[bad-override-param-name] (transformers passes all by name)
@@ -111,7 +133,9 @@ class GMLPGenerationMixin(GenerationMixin):
         if cache is not None and cache.window_start != start:
             cache.reset()
             cache.window_start = start
-            kwargs["next_sequence_length"] = None
+        if cache is not None and start:
+            # transformers counts the tokens in front of the window as well.
+            kwargs["next_sequence_length"] = tokens - start - cache.longest if cache.longest else None
         if visibility_mask is not None:
             is_first = cache is None or cache.get_seq_length() == 0
             visibility_mask = extend_visibility(visibility_mask, tokens)[:, start:, start:] if is_first else None
@@ -132,8 +156,9 @@ class GMLPGenerationMixin(GenerationMixin):
         max_cache_length: int,
     ) -> None:
         """Make the cache, and end generation where the context does; `max_cache_length` + 1 tokens are wanted."""
+        cache = model_kwargs.get(CACHE)
         if self._context is not None and model_kwargs.get("context_overflow") != "reprefill":
-            excess = max_cache_length + 1 - self._context
+            excess = max_cache_length + 1 - self._context + (cache.unseen if cache is not None else 0)
             if excess > 0:
                 generation_config.max_length -= excess
                 max_cache_length -= excess
@@ -142,7 +167,7 @@ class GMLPGenerationMixin(GenerationMixin):
                     "asked for; generate with context_overflow='reprefill' (--context-overflow reprefill) to go on "
                     "from the last half of it"
                 )
-        if generation_config.use_cache is not False and model_kwargs.get(CACHE) is None:
+        if generation_config.use_cache is not False and cache is None:
             model_kwargs[CACHE] = GMLPCache(self.config, max_cache_length)
 
     def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
