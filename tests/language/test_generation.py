@@ -274,6 +274,8 @@ def test_bad_prompts_are_refused_in_a_sentence() -> None:
     config = GenerationConfig(max_new_tokens=3)
     with pytest.raises(UserError, match="the prompt is empty"):
         model.generate(tokens(1, 0), config)
+    with pytest.raises(UserError, match="the prompt is empty"):
+        model.generate(tokens(0, 3), config)
     with pytest.raises(UserError, match="the prompt has 12 tokens and leaves no room in the model's context of 12"):
         model.generate(tokens(1, CONTEXT), config)
     with pytest.raises(UserError, match="token ids must lie between 0 and 30, got 77"):
@@ -284,6 +286,14 @@ def test_bad_prompts_are_refused_in_a_sentence() -> None:
         model.generate(tokens(1, 3), config, cache_implementation="static")
     with pytest.raises(UserError, match="needs the prompt as input_ids"):
         model.generate(inputs_embeds=torch.zeros(1, 3, 10), max_new_tokens=3, context_overflow="reprefill")
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_prompt_that_is_no_batch_of_tokens_is_refused_in_a_sentence() -> None:
+    model = tiny_model(GMLPForCausalLM)
+    for prompt, named in ((tokens(3), r"one of shape \[3\]"), ([[1, 2]], "list")):
+        with pytest.raises(UserError, match=rf"a tensor \[batch, tokens\] of token ids, got {named}"):
+            model.generate(prompt, max_new_tokens=3)
 
 
 def test_drafts_do_not_go_with_reprefill_but_with_other_models() -> None:

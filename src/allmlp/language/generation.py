@@ -51,8 +51,8 @@ class GMLPGenerationMixin(GenerationMixin):
             What transformers' `generate` returns.
 
         Raises:
-            UserError: if the prompt is empty, longer than the context, has ids outside the vocabulary or none that the
-                cache lacks, or what is asked for does not go with the model's own cache.
+            UserError: if the prompt is no batch of tokens, empty, longer than the context, has ids outside the
+                vocabulary or none that the cache lacks, or what is asked for does not go with the model's own cache.
         """
         if context_overflow not in ("stop", "reprefill"):
             raise UserError(f"context_overflow must be 'stop' or 'reprefill', got {context_overflow!r}")
@@ -93,7 +93,9 @@ class GMLPGenerationMixin(GenerationMixin):
         return None if self.config.spatial_weight == "toeplitz" else self.config.max_position_embeddings
 
     def _check_prompt(self, prompt: Tensor, mask: Tensor | None, cache: GMLPCache | None, reprefills: bool) -> None:
-        if prompt.shape[1] == 0:
+        if not isinstance(prompt, Tensor) or prompt.dim() != 2:
+            raise UserError(f"the prompt must be a tensor [batch, tokens] of token ids, got {_described(prompt)}")
+        if prompt.numel() == 0:
             raise UserError("the prompt is empty: give at least one token")
         check_token_ids(prompt, self.config.vocab_size)
         tokens = prompt.shape[1] if mask is None else max(prompt.shape[1], mask.shape[-1])
@@ -183,6 +185,10 @@ def window_start(tokens: int, context: int) -> int:
     """The first token that still counts when `tokens` do not fit: starts are as far apart as half a context."""
     step = context + 1 - max(1, context // 2)
     return max(0, -(-(tokens - context) // step)) * step
+
+
+def _described(given: object) -> str:
+    return f"one of shape {list(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
 
 
 def extend_visibility(mask: Tensor, tokens: int) -> Tensor:
