@@ -188,6 +188,16 @@ def test_what_a_cache_cannot_go_on_with_is_refused_in_a_sentence() -> None:
     assert model.generate(more, cache=cache, max_new_tokens=2, do_sample=False).shape == (1, 9)
 
 
+def test_drafts_of_the_prompt_end_at_the_context() -> None:
+    model, part = tiny_model(GMLPForCausalLM), tokens(1, 2)
+    for first in range(VOCABULARY):
+        part[0, 0] = first
+        prompt = part.repeat(1, 2)
+        alone = model.generate(prompt, max_new_tokens=20, do_sample=False)
+        drafted = model.generate(prompt, max_new_tokens=20, do_sample=False, prompt_lookup_num_tokens=6)
+        assert torch.equal(drafted, alone)
+
+
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("options", DENSE.values(), ids=DENSE.keys())
 def test_a_full_context_stops_with_a_message(options, use_cache, caplog) -> None:

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
-from transformers.generation import MaxLengthCriteria, StoppingCriteriaList
+from transformers.generation import MaxLengthCriteria, PromptLookupCandidateGenerator, StoppingCriteriaList
 from transformers.utils import logging
 
 from allmlp.errors import UserError
@@ -171,6 +171,14 @@ class GMLPGenerationMixin(GenerationMixin):
                 )
         if generation_config.use_cache is not False and cache is None:
             model_kwargs[CACHE] = GMLPCache(self.config, max_cache_length)
+
+    def _get_candidate_generator(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
+        generator = cast(Any, super())._get_candidate_generator(generation_config, *args, **kwargs)
+        if self._context is not None and isinstance(generator, PromptLookupCandidateGenerator):
+            # transformers drafts beyond the length asked for, and takes it back; there is no room for that here.
+            found, last = generator.get_candidates, generation_config.max_length - 1
+            cast(Any, generator).get_candidates = lambda ids, **given: (found(ids, **given)[0][:, :last], None)
+        return generator
 
     def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
         criteria = cast(Any, super())._get_stopping_criteria(*args, **kwargs)
