@@ -367,6 +367,17 @@ def test_bad_input_is_refused_in_a_sentence() -> None:
         tiny_model(GMLPModel)(tokens(1, 3), use_cache=True)
 
 
+@pytest.mark.parametrize("kind", AUTO.values())
+def test_positions_are_counted_and_those_of_packed_texts_refused(kind) -> None:
+    model, ids = tiny_model(kind), tokens(2, 5)
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    counted = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)
+    assert torch.equal(model(ids, attention_mask=mask, position_ids=counted)[0], model(ids, attention_mask=mask)[0])
+    for packed in ([0, 1, 2, 0, 1], [0, 0, 0, 1, 2]):
+        with pytest.raises(UserError, match="position_ids must go up by one"):
+            model(ids[:1], position_ids=torch.tensor([packed]))
+
+
 @pytest.mark.parametrize("options", [{}, {"num_spatial_heads": 3}], ids=["plain", "heads"])
 def test_fused_operators_change_nothing(options) -> None:
     model = tiny_model(GMLPForCausalLM, **options)

@@ -86,6 +86,29 @@ def read_masks(
     return attention_mask, visibility_mask
 
 
+def refuse_packing(position_ids: Int[Tensor, "#batch tokens"] | None, attention_mask: Tensor | None) -> None:
+    """Refuse positions that the model, which counts tokens itself, would not give them.
+
+    Args:
+        position_ids: what the caller counted.
+        attention_mask: 0 where there is padding, whose positions say nothing.
+
+    Raises:
+        UserError: if they begin anew within a row, as they do where several texts are packed into one.
+    """
+    if position_ids is None or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return
+    jumps = position_ids.diff(dim=-1) != 1
+    if attention_mask is not None and attention_mask.dim() == 2:
+        real = attention_mask[:, -position_ids.shape[-1] :].bool()
+        jumps = jumps & real[:, 1:] & real[:, :-1]
+    if bool(jumps.any()):
+        raise UserError(
+            "position_ids must go up by one: the model counts tokens itself, and the texts of a packed row "
+            "(DataCollatorWithFlattening) would read each other; pad a batch of texts instead (DataCollatorWithPadding)"
+        )
+
+
 def check_token_ids(input_ids: Int[Tensor, "batch tokens"], vocab_size: int) -> None:
     """Refuse what the embedding has no row for.
 

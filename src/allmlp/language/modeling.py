@@ -31,7 +31,14 @@ from allmlp.errors import UserError
 from allmlp.language.cache import CACHE, GMLPCache, given_cache
 from allmlp.language.configuration import GMLPConfig
 from allmlp.language.generation import GMLPGenerationMixin
-from allmlp.language.inputs import check_token_ids, left_alignment, read_masks, reordered, reordered_mask
+from allmlp.language.inputs import (
+    check_token_ids,
+    left_alignment,
+    read_masks,
+    refuse_packing,
+    reordered,
+    reordered_mask,
+)
 from allmlp.layers import SpatialGatingUnit
 from allmlp.layers.recomputing import mapped, pass_unchanged
 from allmlp.layers.spatial_gating import Past, gated_feed_forward
@@ -160,12 +167,14 @@ class GMLPModel(GMLPPreTrainedModel):
             visibility_mask: [tokens, tokens] or [batch, tokens, tokens], true where a token reads another. It replaces
                 causality: a prefix language model's mask lets a causal model read its prefix in both directions.
             past_key_values: `cache` by its name in transformers before version 5.24.
-            kwargs: what transformers passes to every model and this one has no use for.
+            kwargs: what transformers passes to every model and this one has no use for. `position_ids` are counted
+                here; others than these are refused.
 
         Raises:
             UserError: if there are no tokens, more than the context takes, or ids outside the vocabulary, or a mask
-                does not fit.
+                or `position_ids` do not fit.
         """
+        refuse_packing(kwargs.get("position_ids"), attention_mask)
         hidden = self._embed(input_ids, inputs_embeds)
         batch, tokens = hidden.shape[:2]
         if tokens == 0:
@@ -290,6 +299,7 @@ class GMLPForCausalLM(GMLPPreTrainedModel, GMLPGenerationMixin):
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             visibility_mask=visibility_mask,
+            position_ids=kwargs.get("position_ids"),
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = mapped(self.lm_head, outputs.last_hidden_state[:, kept])
@@ -329,6 +339,7 @@ class GMLPForMaskedLM(GMLPPreTrainedModel):
             inputs_embeds=inputs_embeds,
             output_hidden_states=output_hidden_states,
             visibility_mask=visibility_mask,
+            position_ids=kwargs.get("position_ids"),
         )
         logits = mapped(self.lm_head, outputs.last_hidden_state)
         loss = None
@@ -371,6 +382,7 @@ class GMLPForSequenceClassification(GMLPPreTrainedModel):
             output_hidden_states=output_hidden_states,
             visibility_mask=visibility_mask,
             use_cache=False,
+            position_ids=kwargs.get("position_ids"),
         )
         logits = self.score(self.dropout(self._pooled(outputs.last_hidden_state, attention_mask)))
         loss = None
