@@ -158,6 +158,14 @@ def test_a_prefix_mask_at_the_prompt_is_kept_while_decoding() -> None:
             model(ids[:, :2], visibility_mask=mask[:2, :2], cache=cache)
 
 
+def test_a_cache_from_inference_mode_goes_on_outside_of_it() -> None:
+    model, ids = tiny_model(GMLPForCausalLM, tiny_attention_size=4), tokens(2, 6)
+    cache = GMLPCache(model.config, CONTEXT)
+    with torch.inference_mode():
+        model(ids[:, :4], cache=cache)
+    assert_close(model(ids[:, 4:], cache=cache).logits, model(ids).logits[:, 4:].double())
+
+
 def test_transformers_face() -> None:
     cache = GMLPCache(tiny_config())
     assert (len(cache), cache.get_max_length(), cache.batch_size) == (3, CONTEXT, -1)

@@ -102,6 +102,9 @@ class GMLPCache(Cache):
             self.lengths = self.lengths + (self.new if self.real is None else self.real.sum(-1))
 
     def _make_room(self) -> None:
+        if not torch.is_inference_mode_enabled() and any(x.is_inference() for x in self.kept[0].buffers.values()):
+            # What inference mode has made may not be written to outside of it.
+            self._each_buffer(torch.clone)
         if self.streams and self.end - self.base > max(self.window, self.capacity):
             drop = self._shortest() - self.reach - _MARGIN - self.base
             if drop > 0:
