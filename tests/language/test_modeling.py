@@ -367,6 +367,15 @@ def test_bad_input_is_refused_in_a_sentence() -> None:
         tiny_model(GMLPModel)(tokens(1, 3), use_cache=True)
 
 
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("kind", [GMLPForCausalLM, GMLPForMaskedLM])
+def test_what_is_no_batch_is_refused_in_a_sentence(kind) -> None:
+    model, ids = tiny_model(kind), tokens(1, 2, 5)
+    for wrong, shape in ((ids[0, 0], r"\[5\]"), (ids, r"\[1, 2, 5\]")):
+        with pytest.raises(UserError, match=rf"must be a batch of texts, \[batch, tokens\], got one of {shape}"):
+            model(wrong)
+
+
 @pytest.mark.parametrize("kind", AUTO.values())
 def test_positions_are_counted_and_those_of_packed_texts_refused(kind) -> None:
     model, ids = tiny_model(kind), tokens(2, 5)

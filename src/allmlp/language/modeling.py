@@ -171,11 +171,15 @@ class GMLPModel(GMLPPreTrainedModel):
                 here; others than these are refused.
 
         Raises:
-            UserError: if there are no tokens, more than the context takes, or ids outside the vocabulary, or a mask
-                or `position_ids` do not fit.
+            UserError: if the input is no batch, there are no tokens, more than the context takes, or ids outside the
+                vocabulary, or a mask or `position_ids` do not fit.
         """
         refuse_packing(kwargs.get("position_ids"), attention_mask)
         hidden = self._embed(input_ids, inputs_embeds)
+        if hidden.dim() != 3:
+            raise UserError(
+                f"the input must be a batch of texts, [batch, tokens], got one of {list(hidden.shape[:-1])}"
+            )
         batch, tokens = hidden.shape[:2]
         if tokens == 0:
             raise UserError("the input is empty: at least one token is needed")
