@@ -368,6 +368,18 @@ def test_bad_input_is_refused_in_a_sentence() -> None:
 
 
 @pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("kind", [GMLPModel, GMLPForCausalLM, GMLPForMaskedLM, GMLPForSequenceClassification])
+def test_a_configuration_may_ask_for_tuples(kind) -> None:
+    model, ids = tiny_model(kind), tokens(2, 5)
+    expected = model(ids)[0]
+    model.config.return_dict = False
+    out = model(ids)
+    assert type(out) is tuple
+    assert torch.equal(out[0], expected)
+    assert not isinstance(model(ids, return_dict=True), tuple)
+
+
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("kind", [GMLPForCausalLM, GMLPForMaskedLM])
 def test_what_is_no_batch_is_refused_in_a_sentence(kind) -> None:
     model, ids = tiny_model(kind), tokens(1, 2, 5)

@@ -304,6 +304,7 @@ class GMLPForCausalLM(GMLPPreTrainedModel, GMLPGenerationMixin):
             output_hidden_states=output_hidden_states,
             visibility_mask=visibility_mask,
             position_ids=kwargs.get("position_ids"),
+            return_dict=True,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = mapped(self.lm_head, outputs.last_hidden_state[:, kept])
@@ -344,6 +345,7 @@ class GMLPForMaskedLM(GMLPPreTrainedModel):
             output_hidden_states=output_hidden_states,
             visibility_mask=visibility_mask,
             position_ids=kwargs.get("position_ids"),
+            return_dict=True,
         )
         logits = mapped(self.lm_head, outputs.last_hidden_state)
         loss = None
@@ -387,6 +389,7 @@ class GMLPForSequenceClassification(GMLPPreTrainedModel):
             visibility_mask=visibility_mask,
             use_cache=False,
             position_ids=kwargs.get("position_ids"),
+            return_dict=True,
         )
         logits = self.score(self.dropout(self._pooled(outputs.last_hidden_state, attention_mask)))
         loss = None
