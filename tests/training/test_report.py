@@ -129,3 +129,13 @@ def test_samples_are_files_named_after_their_class(tmp_path: Path) -> None:
     assert {file.name.split("_")[0] for file in files} == set(CLASSES)
     with Image.open(files[0]) as image:
         assert image.size == (16, 12)
+
+
+@pytest.mark.parametrize("letter", ["x", "犬", "𠮷"])
+def test_samples_of_classes_with_long_names_are_files_too(letter: str, tmp_path: Path) -> None:
+    """A folder's name may be as long as a file's, a label in a table as long as it likes."""
+    images, _, _ = _held_out()
+    report.write_samples(tmp_path / "samples", images, [f"{name} {300 * letter}" for name in CLASSES])
+    files = sorted((tmp_path / "samples").iterdir())
+    assert len(files) == 8
+    assert {file.name.split("_")[0] for file in files} == set(CLASSES)

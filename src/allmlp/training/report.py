@@ -237,7 +237,8 @@ def write_samples(directory: Path, images: LabelledImages, classes: Sequence[str
     """A few held-out images as files named after their class, to try `allmlp predict` on."""
     directory.mkdir(parents=True, exist_ok=True)
     for index in np.linspace(0, len(images) - 1, min(SAMPLES, len(images))).round().astype(int).tolist():
-        name = re.sub(r"[^\w-]+", "_", classes[int(images.labels[index])])
+        # Names of files end at 255 bytes; a letter takes up to four, and what is being written has a longer name.
+        name = re.sub(r"[^\w-]+", "_", classes[int(images.labels[index])])[:40]
         image = decode(images.sources[index])
         with atomic_path(directory / f"{name}_{index}.png") as temporary:
             image.save(temporary)
