@@ -1,11 +1,14 @@
 import contextlib
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from allmlp.files import atomic_path, check_writable, write_json
+from allmlp.errors import UserError
+from allmlp.files import atomic_path, check_writable, only_writer, write_json
 
 
 def test_files_appear_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -47,3 +50,37 @@ def test_permissions_are_the_umasks(umask: int, mode: int, tmp_path: Path) -> No
         os.umask(former)
     assert (tmp_path / "weights").stat().st_mode & 0o777 == mode
     assert [path.name for path in tmp_path.iterdir()] == ["weights"]
+
+
+class TestOnlyWriter:
+    OTHER = """
+import sys
+from allmlp.files import only_writer
+with only_writer(sys.argv[1]):
+    print("has it", flush=True)
+    sys.stdin.read()
+"""
+
+    def test_another_process_is_kept_out_until_the_first_has_ended(self, tmp_path: Path) -> None:
+        folder = tmp_path / "run"
+        command = [sys.executable, "-c", self.OTHER, str(folder)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+            assert other.stdout is not None
+            assert other.stdout.readline() == b"has it\n"
+            with pytest.raises(UserError, match=r"run is being written by another process"), only_writer(folder):
+                pass
+            other.kill()
+        # However it has ended, and whatever it left.
+        with only_writer(folder):
+            (folder / "result").touch()
+            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+            assert "is being written by another process" in done.stderr
+        assert [path.name for path in folder.iterdir()] == ["result"]
+
+    def test_what_was_not_there_is_not_left_behind_empty(self, tmp_path: Path) -> None:
+        with contextlib.suppress(RuntimeError), only_writer(tmp_path / "run"):
+            raise RuntimeError
+        assert not (tmp_path / "run").exists()
+        with only_writer(tmp_path):
+            pass
+        assert tmp_path.exists()

@@ -7,7 +7,9 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from allmlp.errors import UserError
 
 UNFINISHED = ".unfinished"
 """How the names end of what is being written; a process that is killed leaves it behind."""
@@ -55,6 +57,48 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, content: Any) -> None:
     """Write a JSON file all at once."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def only_writer(directory: str | Path) -> Iterator[None]:
+    """Keep a directory from others that ask for it in the same way, until the block ends.
+
+    It is made where it is missing, and goes again if nothing has been written. Whoever has it loses it with its
+    process, however that ends; processes forked from it have no part in it. Where there are no locks nobody is kept
+    out.
+
+    Raises:
+        UserError: if another process has it.
+    """
+    directory = Path(directory)
+    made = not directory.exists()
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / ".lock"
+    try:
+        with path.open("a") as file:
+            if not _lock(file):
+                raise UserError(f"{directory} is being written by another process: wait, or choose another --output.")
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+    finally:
+        if made:
+            with contextlib.suppress(OSError):
+                directory.rmdir()
+
+
+def _lock(file: IO[str]) -> bool:
+    """Lock a file, whether or not that means anything here; false where another process has locked it."""
+    try:
+        import fcntl
+
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        return True
+    except OSError as error:
+        return error.errno not in (errno.EACCES, errno.EAGAIN)
+    return True
 
 
 def to_disk(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,9 +36,11 @@ def train(recipe: Recipe, output: str | Path, *, resume: bool = False, overwrite
         Interrupted: if it was asked to stop and has saved a checkpoint.
         TrainingError: if the loss is no number, a process died, or the disk is full.
     """
+    from allmlp.distributed import is_first_process
+    from allmlp.files import only_writer
     from allmlp.training.faults import explained
 
-    with explained(output):
+    with explained(output), only_writer(output) if is_first_process() else nullcontext():
         return import_module(_TRAINERS[recipe.task]).train(recipe, output, resume=resume, overwrite=overwrite)
 
 
