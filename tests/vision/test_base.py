@@ -209,6 +209,19 @@ def test_pruning_keeps_what_the_levels_need(name, images) -> None:
     assert len(model.forward_intermediates(images, intermediates_only=True)) == 2
 
 
+def test_levels_of_a_pruned_model_are_counted_among_what_is_left(name, images) -> None:
+    model = random_model(name)
+    (first,) = model.forward_intermediates(images, [0], intermediates_only=True)
+    model.prune_intermediate_layers([0])
+    for indices in (1, [-1], [0], None):
+        (kept,) = model.forward_intermediates(images, indices, intermediates_only=True)
+        torch.testing.assert_close(kept, first, rtol=0, atol=0)
+    assert len(model.feature_info) == 1
+    assert model.prune_intermediate_layers(1) == [0]
+    model.reset_classifier(5, "avg")
+    assert model(images).shape == (2, 5)
+
+
 def test_gradient_checkpointing_changes_nothing(name, images) -> None:
     def run(enable):
         model.set_grad_checkpointing(enable)

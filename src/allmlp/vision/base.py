@@ -194,8 +194,7 @@ class VisionMLP(nn.Module):
             x = checkpoint(block, x) if self.grad_checkpointing else block(x)
             if index in wanted:
                 found[index] = self._normalised(x) if norm else x
-        # A pruned model has no more than these.
-        kept = [found[index] for index in wanted if index in found]
+        kept = [found[index] for index in wanted]
         if output_fmt == "NCHW":
             kept = [y.permute(0, 3, 1, 2).contiguous() for y in kept]
         if intermediates_only:
@@ -220,6 +219,8 @@ class VisionMLP(nn.Module):
         fits = channels == self.num_features
         self.num_features = self.head_hidden_size = self.embed_dim = channels
         self.blocks = self.blocks[: self.level_indices[last] + 1]
+        # Later levels are gone: the last n are now among those in front.
+        del self.level_indices[last + 1 :], self.feature_info[last + 1 :]
         self.stem.further_stride = self.feature_info[last]["reduction"] // max(self.stem.patch_size)
         if prune_norm or not fits:
             self.norm = nn.Identity()
