@@ -330,3 +330,33 @@ def test_odd_maps_are_halved_upwards_at_another_size_too() -> None:
     model = VisionPermutator(img_size=35, num_classes=2, **stages).eval()
     model.set_input_size(49)
     assert model(torch.randn(1, 3, 49, 49)).shape == (1, 2)
+
+
+SHARED = {
+    "gmlp_nano_patch4_32": "sgu.weight",
+    "mixer_nano_patch4_32": "mlp_tokens.fc1.weight",
+    "resmlp_nano_patch4_32": "linear_tokens.weight",
+    "vip_nano_patch4_32": "attn.mlp_h.weight",
+}
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2], ids=["block", "layer", "parameter"])
+@pytest.mark.parametrize("name", SHARED)
+def test_what_blocks_share_they_share_at_another_size(name, depth) -> None:
+    """The whole block, the layer that holds a weight for positions, or the weight alone."""
+    model = random_model(name)
+    owner, _, weight = SHARED[name].rpartition(".")
+    first, last = model.blocks[-2], model.blocks[-1]
+    if depth == 0:
+        model.blocks[-1] = first
+    elif depth == 1:
+        parent, _, layer = owner.rpartition(".")
+        setattr(last.get_submodule(parent), layer, first.get_submodule(owner))
+    else:
+        setattr(last.get_submodule(owner), weight, getattr(first.get_submodule(owner), weight))
+    apart = shallow_model(name, img_size=(48, 64))
+    apart.load_state_dict(model.state_dict())
+    model.set_input_size((48, 64))
+    assert model.get_parameter(f"blocks.{len(model.blocks) - 1}.{SHARED[name]}") is first.get_parameter(SHARED[name])
+    images = torch.randn(1, 3, 48, 64)
+    torch.testing.assert_close(model(images), apart(images), rtol=0, atol=0)

@@ -86,8 +86,8 @@ class PermuteMLP(GridBound):
             "mlp_w.weight": along(own["mlp_w.weight"], grid[1], new_grid[1]),
         }
 
-    def set_grid_size(self, grid: Grid, new_grid: Grid) -> None:
-        super().set_grid_size(grid, new_grid)
+    def set_grid_size(self, grid: Grid, new_grid: Grid, parameters: Mapping[str, nn.Parameter] | None = None) -> None:
+        super().set_grid_size(grid, new_grid, parameters)
         self.grid_size = (new_grid[0], new_grid[1])
         for linear in (self.mlp_h, self.mlp_w):
             linear.out_features, linear.in_features = linear.weight.shape

@@ -27,7 +27,7 @@ class GridBound(nn.Module):
         """The `grid_parameters`, by their names, brought from `grid` to `new_grid`."""
         raise NotImplementedError
 
-    def own_grid_parameters(self, layer: str = "this layer") -> dict[str, Tensor]:
+    def own_grid_parameters(self, layer: str = "this layer") -> dict[str, nn.Parameter]:
         """The `grid_parameters`, by their names.
 
         Raises:
@@ -42,11 +42,44 @@ class GridBound(nn.Module):
             )
         return {name: own[name] for name in self.grid_parameters}
 
-    def set_grid_size(self, grid: Grid, new_grid: Grid) -> None:
-        """Bring the layer from `grid` to `new_grid`, with new parameters in place of those that change."""
-        own = self.own_grid_parameters()
+    def resampled_parameters(
+        self,
+        grid: Grid,
+        new_grid: Grid,
+        made: dict[nn.Parameter, nn.Parameter] | None = None,
+        layer: str = "this layer",
+    ) -> dict[str, nn.Parameter]:
+        """What `set_grid_size` puts in the place of parameters that change, by their names; the layer stays as it is.
+
+        Args:
+            grid: the layer's grid.
+            new_grid: the grid of the new parameters.
+            made: parameters made before, by those in whose place they stand; what is made here is added. Layers that
+                share parameters go on sharing them where they are given one and the same.
+            layer: what an error calls the layer.
+
+        Raises:
+            ValueError: for a parameter that is computed from others.
+        """
+        own, made = self.own_grid_parameters(layer), {} if made is None else made
+        changed = {}
         for name, value in self.resampled(own, grid, new_grid).items():
-            if value is not own[name]:
-                parent, _, attribute = name.rpartition(".")
-                parameter = nn.Parameter(value.detach(), requires_grad=own[name].requires_grad)
-                setattr(self.get_submodule(parent), attribute, parameter)
+            former = own[name]
+            if value is not former:
+                if former not in made:
+                    made[former] = nn.Parameter(value.detach(), requires_grad=former.requires_grad)
+                changed[name] = made[former]
+        return changed
+
+    def set_grid_size(self, grid: Grid, new_grid: Grid, parameters: Mapping[str, nn.Parameter] | None = None) -> None:
+        """Bring the layer from `grid` to `new_grid`, with new parameters in place of those that change.
+
+        Args:
+            grid: the layer's grid.
+            new_grid: the grid it is brought to.
+            parameters: those of `resampled_parameters`, which makes them where this is None.
+        """
+        parameters = self.resampled_parameters(grid, new_grid) if parameters is None else parameters
+        for name, parameter in parameters.items():
+            parent, _, attribute = name.rpartition(".")
+            setattr(self.get_submodule(parent), attribute, parameter)

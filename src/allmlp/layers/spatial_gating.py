@@ -247,8 +247,8 @@ class SpatialGatingUnit(GridBound):
             "bias": resample_written(own["bias"], grid, new_grid, -1),
         }
 
-    def set_grid_size(self, grid: Grid, new_grid: Grid) -> None:
-        super().set_grid_size(grid, new_grid)
+    def set_grid_size(self, grid: Grid, new_grid: Grid, parameters: Mapping[str, nn.Parameter] | None = None) -> None:
+        super().set_grid_size(grid, new_grid, parameters)
         self.tokens = math.prod(new_grid)
 
     def _check_length(self, tokens: int) -> None:

@@ -116,12 +116,15 @@ class VisionMLP(nn.Module):
         """
         patch, grid = max(self.stem.patch_size), self.stem.grid_size
         new_grid = self.stem.grid_at(img_size, patch_size)
-        bound = list(grid_bound_layers(self.blocks, grid, new_grid)) if new_grid and new_grid != grid else []
-        for name, layer, _, _ in bound:
-            layer.own_grid_parameters(name)
+        bound = grid_bound_layers(self.blocks, grid, new_grid) if new_grid and new_grid != grid else ()
+        # Made before anything changes: blocks may share parameters, and those of the last one may be refused.
+        made: dict[nn.Parameter, nn.Parameter] = {}
+        changes = [
+            (layer, old, new, layer.resampled_parameters(old, new, made, name)) for name, layer, old, new in bound
+        ]
         self.stem.set_input_size(img_size, patch_size, patch_kernel)
-        for _, layer, old, new in bound:
-            layer.set_grid_size(old, new)
+        for layer, old, new, parameters in changes:
+            layer.set_grid_size(old, new, parameters)
         for info in self.feature_info:
             info["reduction"] = info["reduction"] // patch * max(self.stem.patch_size)
         # What prepares images for the model reads their size in timm's configuration.
