@@ -13,7 +13,7 @@ from torch import nn
 
 from allmlp.layers import Affine, SampleNorm
 from tests.tolerances import assert_close
-from tests.vision.nano import ANY_SIZE, NANO, ONE_SIZE
+from tests.vision.nano import ANY_SIZE, NANO, ONE_SIZE, shallow_model
 
 
 @pytest.fixture(params=NANO)
@@ -421,6 +421,13 @@ def test_sample_gradients_through_function_transforms(name, images) -> None:
     model(images).square().sum().backward()
     for key, parameter in model.named_parameters():
         torch.testing.assert_close(per_sample[key].sum(0), parameter.grad, rtol=1e-3, atol=1e-3)
+
+
+def test_vectorised_jacobians(name, images) -> None:
+    """All rows at once, by a batch of gradients; they go through the backward of every function of our own."""
+    model = shallow_model(name)
+    rows = torch.autograd.functional.jacobian(model, images[:1])
+    torch.testing.assert_close(torch.autograd.functional.jacobian(model, images[:1], vectorize=True), rows)
 
 
 @pytest.mark.parametrize("watch", [False, True], ids=["unwatched", "watched"])

@@ -58,4 +58,5 @@ class _ScaledAdd(torch.autograd.Function):
 
 def _summed_to(shape: torch.Size, x: Tensor) -> Tensor:
     """`x`, or its sum over all but the channels: over one axis torch takes half the time of two."""
-    return x if x.shape == shape else x.flatten(0, -2).sum(0)
+    # Not flatten(): batches of gradients, as vectorised Jacobians take them, have no rule for that.
+    return x if x.shape == shape else x.reshape(-1, x.shape[-1]).sum(0)

@@ -80,7 +80,9 @@ class _WeightedSum(torch.autograd.Function):
         grad_weights = None
         if needs_weights:
             # A product of one dtype and its conversion take less time than a product of two.
-            sums = [(grad * branch.to(grad.dtype)).flatten(1, 2).sum(1) for branch in branches]
+            # Not flatten(): batches of gradients, as vectorised Jacobians take them, have no rule for that.
+            rows = grad.shape[0], grad.shape[1] * grad.shape[2], grad.shape[3]
+            sums = [(grad * branch.to(grad.dtype)).reshape(rows).sum(1) for branch in branches]
             grad_weights = torch.stack(sums, 1).to(weights.dtype)
         each = zip(branches, _by_branch(weights), needs, strict=True)
         return grad_weights, *((grad * weight).to(branch.dtype) if need else None for branch, weight, need in each)
