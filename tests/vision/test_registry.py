@@ -107,6 +107,17 @@ def test_every_argument_of_create_model(name) -> None:
     assert out.shape[2] == 2 * out.shape[1]
 
 
+@pytest.mark.parametrize("features", [{}, {"features_only": True, "pyramid_channels": 8}], ids=str)
+@pytest.mark.parametrize("name", NANO)
+def test_models_are_made_where_and_as_asked(name, features) -> None:
+    """The arguments with which timm's own models are made on a device, in a dtype."""
+    made = timm.create_model(name, device="meta", dtype=torch.bfloat16, **features)
+    assert {(tensor.device.type, tensor.dtype) for tensor in made.parameters()} == {("meta", torch.bfloat16)}
+    model = timm.create_model(name, dtype=torch.float64, **features)
+    out = model(torch.randn(1, 3, 32, 32, dtype=torch.float64))
+    assert {y.dtype for y in (out if features else [out])} == {torch.float64}
+
+
 @pytest.mark.parametrize("name", NANO)
 def test_overlaid_configuration_wins(name) -> None:
     model = timm.create_model(name, img_size=16, pretrained_cfg_overlay={"mean": (0.5,) * 3, "input_size": (3, 8, 8)})

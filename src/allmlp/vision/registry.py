@@ -3,9 +3,11 @@
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from numbers import Real
 from typing import Any, get_type_hints
 
+import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_module
 
@@ -94,6 +96,8 @@ def _entry_point(
 ) -> Callable[..., VisionMLP]:
     def entry_point(pretrained: bool = False, **kwargs: Any) -> VisionMLP:
         _check_arguments(model_class, kwargs)
+        # Of timm's own models these two are the constructor's; made on the device, a large one is nowhere else first.
+        device, dtype = kwargs.pop("device", None), kwargs.pop("dtype", None)
         if kwargs.get("img_size") is not None:
             kwargs["img_size"] = pair(kwargs["img_size"], "img_size")
             # What prepares images for the model reads their size here.
@@ -103,7 +107,9 @@ def _entry_point(
             }
             kwargs["pretrained_cfg_overlay"] = overlay
         features = _features(levels, kwargs)
-        model = build_model_with_cfg(model_class, name, pretrained, feature_cfg=features, **{**variant, **kwargs})
+        with nullcontext() if device is None else torch.device(device):
+            model = build_model_with_cfg(model_class, name, pretrained, feature_cfg=features, **{**variant, **kwargs})
+        model.to(dtype=dtype)
         if kwargs.get("img_size") is not None:
             # Only a finished model knows by how much it divides an image, and which is too small.
             next(m for m in model.modules() if isinstance(m, PatchEmbedding)).set_input_size(kwargs["img_size"])
