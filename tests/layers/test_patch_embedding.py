@@ -89,6 +89,14 @@ def test_sizes_may_be_numbers_of_numpy() -> None:
     assert type(layer.img_size[0]) is int
 
 
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("fixed_size", [False, True])
+def test_an_image_without_a_batch_is_refused(fixed_size) -> None:
+    layer = PatchEmbedding(8, 4, 3, 5, fixed_size=fixed_size)
+    with pytest.raises(ValueError, match=r"images are \[batch, channels, height, width\], got \[3, 8, 8\]"):
+        layer(torch.randn(3, 8, 8))
+
+
 def test_fixed_embedding_refuses_another_size() -> None:
     with pytest.raises(ValueError, match=r"the image is 8×12 pixels, this model was built for 8×8; .*img_size"):
         PatchEmbedding((8, 8), (4, 4), 3, 8, fixed_size=True)(torch.randn(1, 3, 8, 12))

@@ -36,7 +36,7 @@ class PatchEmbedding(PatchEmbed):
 
     Raises:
         ValueError: with `fixed_size`, for a size no patch grid fits, naming the nearest that do, and for such an input;
-            for an input too small for the last map; for a kernel smaller than the patch.
+            for an input too small for the last map; for a kernel smaller than the patch; for an input without a batch.
     """
 
     further_stride = 1
@@ -121,6 +121,8 @@ class PatchEmbedding(PatchEmbed):
         former.kernel_size, former.stride, self.patch_size = kernel, patch, patch
 
     def forward(self, x: Float[Tensor, "batch chans height width"]) -> Float[Tensor, "batch rows columns channels"]:
+        if x.ndim != 4:
+            raise ValueError(f"images are [batch, channels, height, width], got {list(x.shape)}; a batch may be of one")
         if self.img_size is not None and x.shape[-2:] != self.img_size:
             raise ValueError(
                 f"the image is {_size(x.shape[-2:])} pixels, this model was built for {_size(self.img_size)}; "
