@@ -98,3 +98,18 @@ def test_bad_arguments() -> None:
         timm.create_model("gmlp_nano_patch4_32", final_norm=False, features_only=True, feature_norms=True)
     with pytest.raises(ValueError, match="feature_norms and pyramid_channels: one of them at a time"):
         timm.create_model("gmlp_nano_patch4_32", features_only=True, feature_norms=True, pyramid_channels=64)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "reductions"),
+    [
+        ("asmlp_nano_patch2_32", {"depths": (1, 1)}, [2, 4]),
+        ("asmlp_nano_patch2_32", {"depths": (1, 1, 1, 1)}, [2, 4, 8, 16]),
+        ("s2mlpv2_nano_patch2_32", {"depths": (1, 1)}, [2, 4]),
+        ("vip_nano_patch4_32", {"depths": (1, 1), "embed_dims": (96, 96), "segments": (8, 8)}, [4, 4]),
+    ],
+)
+def test_default_levels_follow_the_stages_asked_for(name, arguments, reductions) -> None:
+    model = timm.create_model(name, features_only=True, **arguments)
+    assert model.feature_info.reduction() == reductions
+    assert [32 // y.shape[-1] for y in model(torch.randn(1, 3, 32, 32))] == reductions

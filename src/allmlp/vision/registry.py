@@ -87,12 +87,14 @@ def register_family(
         }
     vars(module)["default_cfgs"] = generate_default_cfgs(cfgs)
     for name, arguments in variants.items():
-        levels = default_levels if isinstance(default_levels, int) else default_levels(arguments)
-        register_model(_entry_point(model_class, name, arguments, levels))
+        register_model(_entry_point(model_class, name, arguments, default_levels))
 
 
 def _entry_point(
-    model_class: type[VisionMLP], name: str, variant: Mapping[str, Any], levels: int | tuple[int, ...]
+    model_class: type[VisionMLP],
+    name: str,
+    variant: Mapping[str, Any],
+    default_levels: int | Callable[[Mapping[str, Any]], tuple[int, ...]],
 ) -> Callable[..., VisionMLP]:
     def entry_point(pretrained: bool = False, **kwargs: Any) -> VisionMLP:
         _check_arguments(model_class, kwargs)
@@ -106,6 +108,7 @@ def _entry_point(
                 **(kwargs.pop("pretrained_cfg_overlay", None) or {}),
             }
             kwargs["pretrained_cfg_overlay"] = overlay
+        levels = default_levels if isinstance(default_levels, int) else default_levels({**variant, **kwargs})
         features = _features(levels, kwargs)
         with nullcontext() if device is None else torch.device(device):
             model = build_model_with_cfg(model_class, name, pretrained, feature_cfg=features, **{**variant, **kwargs})
