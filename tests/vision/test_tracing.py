@@ -1,6 +1,7 @@
 """The models under torch's tracers: compile, export, ONNX, fx."""
 
 import copy
+import io
 
 import pytest
 import timm
@@ -88,7 +89,7 @@ def test_symbolic_trace_with_timms_leaves(name, images) -> None:
     torch.testing.assert_close(out["blocks.0"], maps[0], rtol=0, atol=0)
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit.trace")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit.")
 def test_a_traced_model_has_gradients(name, images) -> None:
     model = shallow_model(name)
     traced = torch.jit.trace(model, images, check_trace=False)
@@ -96,3 +97,7 @@ def test_a_traced_model_has_gradients(name, images) -> None:
     torch.testing.assert_close(out, model(images))
     out.sum().backward()
     assert images.grad.abs().sum() > 0
+    saved = io.BytesIO()
+    torch.jit.save(traced, saved)
+    saved.seek(0)
+    torch.testing.assert_close(torch.jit.load(saved)(images), out)

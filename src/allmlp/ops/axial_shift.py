@@ -143,9 +143,14 @@ def _shift(x: Tensor, shift_size: int, axis: str, sign: int) -> Tensor:
     return out
 
 
-def _shifted(x: Tensor, shift_size: int, axis: str, sign: int) -> Tensor:
+def _shifted(x: Tensor, shift_size: int, axis: Axis, sign: int) -> Tensor:
     # `apply` binds its arguments by signature at every call, which shows where maps are small.
-    return (_shift if is_plain_inference() else _AxialShift.apply)(x, shift_size, axis, sign)
+    if is_plain_inference():
+        return _shift(x, shift_size, axis, sign)
+    # A trace that holds a function of Python's cannot be saved.
+    if torch.jit.is_tracing() and sign == 1:
+        return axial_shift_reference(x, shift_size, axis)
+    return _AxialShift.apply(x, shift_size, axis, sign)
 
 
 class _AxialShift(torch.autograd.Function):
