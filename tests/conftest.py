@@ -10,7 +10,7 @@ import pytest
 import torch
 from jaxtyping import config, install_import_hook
 
-import tests.typechecking  # noqa: F401  (the hook finds it by name)
+from tests.typechecking import check_anew  # the hook finds check_tensors by name
 
 # Where there is no GPU Triton interprets its kernels; it settles that when it is imported.
 if not torch.cuda.is_available():
@@ -49,9 +49,12 @@ def _log() -> Iterator[None]:
     log.setLevel(level)
 
 
+@pytest.fixture(autouse=True)
+def _checked() -> None:
+    check_anew()
+
+
 @pytest.fixture
-def unchecked() -> Iterator[None]:
+def unchecked(_checked: None) -> None:
     """Leave tensor axes unchecked: for tracing (compile, export, fx), which hands over placeholders."""
     config.update("jaxtyping_disable", True)
-    yield
-    config.update("jaxtyping_disable", False)
