@@ -2,7 +2,7 @@
 
 import difflib
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class UserError(ValueError):
@@ -52,6 +52,11 @@ shown = _Short().repr
 def first_line(error: BaseException) -> str:
     """What an error of a library says, in one line; its kind where it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def listed(names: Sequence[str], count: int = 8) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:count]) + (f", … ({len(names) - count} more)" if len(names) > count else "")
 
 
 def nearest(name: str, options: Iterable[str], count: int = 3) -> str:

@@ -24,7 +24,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """
     with _unfinished(Path(path)) as temporary:
         yield temporary
-        to_disk(temporary)
+        finish(temporary)
         os.replace(temporary, path)
 
 
@@ -77,7 +77,7 @@ def only_writer(directory: str | Path) -> Iterator[None]:
     try:
         with path.open("a") as file:
             if not _lock(file):
-                raise UserError(f"{directory} is being written by another process: wait, or choose another --output.")
+                raise UserError(f"{directory} is being written by another process: wait, or choose another directory.")
             try:
                 yield
             finally:
@@ -91,6 +91,7 @@ def only_writer(directory: str | Path) -> Iterator[None]:
 def _lock(file: IO[str]) -> bool:
     """Lock a file, whether or not that means anything here; false where another process has locked it."""
     try:
+        # filelock's locks pass to processes forked from this one, which outlive it by seconds when it is killed.
         import fcntl
 
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -101,8 +102,8 @@ def _lock(file: IO[str]) -> bool:
     return True
 
 
-def to_disk(path: Path) -> None:
-    """Wait until a file, readable to whom new files are, or a directory's list of names is on the disk itself."""
+def finish(path: Path) -> None:
+    """Give a file the permissions of a new one, and wait until it, or a directory's list of names, is on the disk."""
     if os.name != "posix":
         return
     if path.is_file():

@@ -6,11 +6,13 @@ from allmlp.checkpoints.timm_models import create_model
 from allmlp.errors import UserError
 
 
+# Python tells an unknown argument itself, where no check of the tests stands in front.
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("name", "arguments", "says"),
     [
         ("gmlp_nano_patch4_23", {}, "There is no model 'gmlp_nano_patch4_23'. Did you mean 'gmlp_nano_patch4_32'"),
-        # A model of timm's: the classes here are wrapped by the tests' type checks.
+        ("gmlp_nano_patch4_32", {"num_block": 2}, "it has no argument 'num_block'. Did you mean 'num_blocks'"),
         ("mixer_b16_224", {"act_later": "gelu"}, "it has no argument 'act_later'. Did you mean 'act_layer'"),
         ("resmlp_12_224", {"zzz": 1}, "cannot be made with these arguments: it has no argument 'zzz'"),
     ],

@@ -6,6 +6,8 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -377,3 +379,18 @@ def test_steps_that_are_skipped_now_and_then_end_nothing(tmp_path: Path) -> None
             step = faults.Step(number=number, learning_rate=0.1, norm=loss, losses=[loss], names=[[]])
             watch.steps.append(step)
             assert watch.look() == (norm != 1.0)
+
+
+def test_a_second_training_is_kept_out_of_a_run_directory(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    code = "import sys; from allmlp.files import only_writer\nwith only_writer(sys.argv[1]): print(flush=True), input()"
+    command = [sys.executable, "-c", code, str(run)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+        assert first.stdout is not None
+        first.stdout.readline()
+        with pytest.raises(UserError, match="is being written by another process"):
+            training.train(_vision(tmp_path), run, overwrite=True)
+        first.kill()
+    assert [path.name for path in run.iterdir()] == [".lock"]
+    training.train(_vision(tmp_path), run)
+    assert not (run / ".lock").exists()

@@ -5,7 +5,7 @@ from collections.abc import Container, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from allmlp.errors import UserError
+from allmlp.errors import UserError, listed
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
@@ -44,8 +44,3 @@ def check_shapes(
 def widest(tensors: Mapping[str, Tensor]) -> torch.dtype:
     """The dtype to hold them all without loss: float32, or float64 where one is."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors.values()) else torch.float32
-
-
-def listed(names: Sequence[str], count: int = 8) -> str:
-    """The first names, and how many more there are."""
-    return ", ".join(names[:count]) + (f", … ({len(names) - count} more)" if len(names) > count else "")

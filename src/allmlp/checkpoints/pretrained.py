@@ -79,7 +79,7 @@ def from_timm(name: str, **arguments: Any) -> Conversion:
         The converted model; its `pretrained_cfg` says how images are prepared for these weights.
 
     Raises:
-        UserError: timm has no such model or no weights for it, cannot get at them, or it is of another family.
+        UserError: if timm has no such model or no weights for it, cannot get at them, or it is of another family.
     """
     require_architecture(name)
     if timm.model_entrypoint(name).__module__ != "timm.models.mlp_mixer":

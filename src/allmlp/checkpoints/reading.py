@@ -55,8 +55,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(f"There is no file {path}.")
     if path.name.endswith(INDEX):
         return _read_parts(path)
-    part = _PART.search(path.name)
-    if part and _is_part(path):
+    part = _part_of_several(path)
+    if part:
         index = f"{path.name[: part.start()]}{path.suffix}{INDEX}"
         raise UserError(f"{path} is one of {int(part[2])} files that hold a model together: name their index, {index}.")
     return _read_file(path)
@@ -86,7 +86,7 @@ def parts_of(index: str | Path) -> dict[str, list[str]]:
 
 def _only_one_in(directory: Path) -> Path:
     files = sorted(file for file in directory.iterdir() if not file.name.startswith("."))
-    whole = [file for file in files if file.suffix in _SUFFIXES and not _is_part(file)]
+    whole = [file for file in files if file.suffix in _SUFFIXES and not _part_of_several(file)]
     found = whole + [file for file in files if file.name.endswith(INDEX)]
     if not found:
         raise UserError(f"{directory} is a directory without a checkpoint in it; {_FORMATS}.")
@@ -96,9 +96,9 @@ def _only_one_in(directory: Path) -> Path:
     return found[0]
 
 
-def _is_part(path: Path) -> bool:
+def _part_of_several(path: Path) -> re.Match[str] | None:
     part = _PART.search(path.name)
-    return part is not None and int(part[2]) > 1
+    return part if part and int(part[2]) > 1 else None
 
 
 def _read_parts(index: Path) -> dict[str, Any]:

@@ -20,12 +20,12 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from allmlp.checkpoints import description
-from allmlp.checkpoints.fitting import check_shapes, listed, load_weights, widest
+from allmlp.checkpoints.fitting import check_shapes, load_weights, widest
 from allmlp.checkpoints.reading import INDEX, parts_of
 from allmlp.checkpoints.timm_models import TimmModel, create_model, require_architecture
 from allmlp.checkpoints.training_checkpoints import AVERAGED, checkpoints_in, last_checkpoint
-from allmlp.errors import UserError, shown
-from allmlp.files import UNFINISHED, atomic_path, to_disk, write_json
+from allmlp.errors import UserError, listed, shown
+from allmlp.files import UNFINISHED, atomic_path, finish, write_json
 
 CONFIG, WEIGHTS, RECIPE, METRICS, REPORT = "config.json", "model.safetensors", "recipe.yaml", "metrics.json", "report"
 FAULTS, EVENTS = "nan.jsonl", "tensorboard"
@@ -129,7 +129,7 @@ def save_language(directory: str | Path, model: Any, tokenizer: Any = None) -> l
         if tokenizer is not None:
             save_tokenizer(temporary, tokenizer, model.config)
         for path in Path(temporary).iterdir():
-            to_disk(path)
+            finish(path)
         # The configuration last, which makes it a run directory.
         written = sorted(Path(temporary).iterdir(), key=lambda path: path.name == CONFIG)
         for path in written:

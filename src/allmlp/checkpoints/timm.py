@@ -105,7 +105,7 @@ def export(model: nn.Module) -> Tensors:
         What timm's model of the same sizes loads, to compute the same.
 
     Raises:
-        UserError: timm has no such family, or its form of the family computes something else.
+        UserError: if timm has no such family, or its form of the family computes something else.
     """
     if isinstance(model, GMLP):
         block, differences = _GMLP_BLOCK, _differences_gmlp(model)

@@ -24,7 +24,7 @@ def create_model(architecture: str, model_args: Mapping[str, Any], **settings: A
         settings: further arguments of `timm.create_model`.
 
     Raises:
-        UserError: timm knows no such model (the nearest names are offered), or the model no such argument.
+        UserError: if timm knows no such model (the nearest names are offered), or the model no such argument.
     """
     require_architecture(architecture)
     description.check_model_args(model_args)

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from transformers.trainer_pt_utils import safe_globals
 
 from allmlp.errors import UserError
-from allmlp.files import UNFINISHED, to_disk
+from allmlp.files import UNFINISHED, finish
 
 STATE = "trainer_state.json"
 """The Trainer's own account of a training; a checkpoint without it is none to go on from."""
@@ -81,11 +81,11 @@ def publish_checkpoint(directory: str | Path, step: int) -> Path:
     written = unfinished_checkpoint(directory, step)
     checkpoint = checkpoint_path(directory, step)
     for path in [*written.rglob("*"), written]:
-        to_disk(path)
+        finish(path)
     if checkpoint.exists():
         _remove_at_once(checkpoint)
     os.replace(written, checkpoint)
-    to_disk(checkpoint.parent)
+    finish(checkpoint.parent)
     _remove_if_empty(written.parent)
     return checkpoint
 

@@ -191,7 +191,7 @@ def training_transform(
         auto_augment: timm's policy string.
 
     Raises:
-        UserError: timm does not know the policy.
+        UserError: if timm does not know the policy.
     """
     settings: dict[str, Any] = {
         "input_size": cfg["input_size"],

@@ -50,7 +50,7 @@ def read_labelled_texts(
         label_column: column of the classes; found by its name where not given.
 
     Raises:
-        UserError: there is no such data, it lacks a column, or a row has no text or a class of its own.
+        UserError: if there is no such data, it lacks a column, or a row has no text or a class of its own.
     """
     import datasets
 
@@ -91,7 +91,7 @@ def load_labelled_texts(
         seed: of that cut.
 
     Raises:
-        UserError: there are fewer than two classes; or one has a single text, and the data no validation split.
+        UserError: if there are fewer than two classes; or one has a single text, and the data no validation split.
     """
     classes, splits = read_labelled_texts(data, text_column=text_column, label_column=label_column)
     if len(classes) < 2:

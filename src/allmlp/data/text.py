@@ -54,7 +54,7 @@ def load_text(
         text_column: column of the texts in a table.
 
     Raises:
-        UserError: there is no such data or tokenizer, or the text is not UTF-8 and its tokens are not bytes.
+        UserError: if there is no such data or tokenizer, or the text is not UTF-8 and its tokens are not bytes.
     """
     splits = find_texts(data, text_column)
     if tokenizer is None:
@@ -111,7 +111,7 @@ class TokenWindows(Dataset):
             where it has the most context.
 
     Raises:
-        UserError: the text is shorter than one window, or has nothing to predict.
+        UserError: if the text is shorter than one window, or has nothing to predict.
     """
 
     def __init__(

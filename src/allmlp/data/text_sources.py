@@ -70,7 +70,7 @@ class TextFile:
         """The text, cut after line ends.
 
         Raises:
-            UserError: it is not UTF-8; the message says where.
+            UserError: if it is not UTF-8; the message says where.
         """
         decoder = codecs.getincrementaldecoder("utf-8")()
         rest, place = "", self.start
@@ -119,7 +119,7 @@ class Documents:
         """The documents.
 
         Raises:
-            UserError: a file is not UTF-8; the message says where. Or a row holds no text.
+            UserError: if a file is not UTF-8; the message says where. Or a row holds no text.
         """
         for number, text in enumerate(self.texts, self.first):
             if isinstance(text, Path):
@@ -204,7 +204,7 @@ def find_texts(data: str, text_column: str | None = None) -> dict[str, Texts]:
         The texts of `train` and, where the data has one, of `validation`.
 
     Raises:
-        UserError: there is no such data, it has no text, or a column is named and it is no table.
+        UserError: if there is no such data, it has no text, or a column is named and it is no table.
     """
     if not is_table(data):
         refuse_columns(data, text_column=text_column)
@@ -287,7 +287,7 @@ def read_tables(data: str) -> dict[str, Any]:
         `datasets.Dataset` of `train` and, where the data has one, of `validation`.
 
     Raises:
-        UserError: there is no such data, or it cannot be read.
+        UserError: if there is no such data, or it cannot be read.
     """
     import datasets
 

@@ -49,7 +49,7 @@ def make_tokenizer(name: str, texts: Iterable[Readable], *, trained_size: int | 
         trained_size: train a byte-level BPE of this many tokens on `texts` instead.
 
     Raises:
-        UserError: there is no such tokenizer, or the size leaves no room for the bytes.
+        UserError: if there is no such tokenizer, or the size leaves no room for the bytes.
     """
     if trained_size is not None:
         tokenizer = _trained(texts, trained_size)
@@ -81,8 +81,8 @@ def fitting_tokenizer(name: str, model: Any) -> Any:
         model: a language model.
 
     Raises:
-        UserError: there is no such tokenizer, it has more tokens than the model, or it would be made of a text; or this
-            is no language model.
+        UserError: if there is no such tokenizer, it has more tokens than the model, or it would be made of a text; or
+            this is no language model.
     """
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
     if vocabulary is None:
@@ -107,7 +107,7 @@ def load_tokenizer(name: str | Path) -> Any:
     """A tokenizer of a directory, a `tokenizer.json`, or the Hub.
 
     Raises:
-        UserError: there is none that transformers can load.
+        UserError: if there is none that transformers can load.
     """
     try:
         if Path(name).is_file():
@@ -128,7 +128,7 @@ def encode(texts: Readable, tokenizer: Any) -> Tokens:
     The tokens lie in a temporary file, so that a text may be larger than memory; bytes of a plain file are not copied.
 
     Raises:
-        UserError: the text is not UTF-8 and the tokens are not bytes; or the tokenizer has no end of text.
+        UserError: if the text is not UTF-8 and the tokens are not bytes; or the tokenizer has no end of text.
     """
     unit = tokenizer.init_kwargs.get(_UNIT)
     if unit == BYTES and isinstance(texts, TextFile):
