@@ -115,8 +115,9 @@ ENGINES: dict[str, Callable[[nn.Module, tuple[Tensor, ...], torch.dtype], Runner
 }
 
 
-# By itself it computes again, in each kernel that reads it, what takes up to 30 operations.
-_CPU_OPTIONS = {"realize_opcount_threshold": 6}
+# By itself it computes again, in each kernel that reads it, what takes up to 30 operations, and rounds between a
+# multiplication and an addition.
+_CPU_OPTIONS = {"realize_opcount_threshold": 6, "cpp.enable_floating_point_contract_flag": "fast"}
 
 
 def _without_global_state(guards: Sequence[Any]) -> list[bool]:

@@ -1,6 +1,7 @@
 """When a layer may keep less, for backward and in inference, or leave what its parts compute to one operator."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import TypeGuard, TypeVar
 
 import torch
@@ -10,7 +11,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from allmlp import ops
 from allmlp.layers.token_linear import TokenLinear
-from allmlp.ops.execution import is_compiled_inference, is_plain_inference, is_plain_training
+from allmlp.ops.execution import is_compiled, is_compiled_inference, is_plain_inference, is_plain_training
 from allmlp.ops.gelu import gelu_of_product
 from allmlp.ops.products import multiplies_in_float32
 from allmlp.ops.recomputing import Across, recomputing_linear
@@ -54,16 +55,16 @@ def mapped(linear: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor
     gelu = act.approximate if fits and act is not None else None
     if is_plain_linear(linear, x) and (fits or multiplies_in_float32(x, linear.weight, linear.bias)):
         y = ops.linear(x, linear.weight, linear.bias, gelu)  # type: ignore[arg-type]  (nn.GELU says str)
-        return y if act is None or gelu is not None else act(y)
+        return y if act is None or gelu is not None else activated(act, y)
     y = linear(x)
     if gelu is not None and type(linear) is TokenLinear and not is_watched(linear):
         return gelu_of_product(y, gelu)
-    return y if act is None else act(y)
+    return y if act is None else activated(act, y)
 
 
 def activated(act: nn.Module, x: Tensor) -> Tensor:
-    """`act(x)`; in compiled inference by `ops.gelu`, unless `act` is no `nn.GELU` or is watched."""
-    if is_compiled_inference() and type(act) is nn.GELU and not is_watched(act):
+    """`act(x)`; in compiled models by `ops.gelu`, unless `act` is no `nn.GELU` or is watched."""
+    if is_compiled() and type(act) is nn.GELU and not is_watched(act):
         return ops.gelu(x, act.approximate)
     return act(x)
 
@@ -129,7 +130,7 @@ def mapped_halves(linear: nn.Module, x: Tensor, act: nn.Module) -> tuple[Tensor,
 def linear_act_linear(fc1: nn.Module, act: nn.Module, fc2: nn.Module, x: Tensor) -> Tensor:
     """`fc2(act(fc1(x)))`, keeping the hidden layer once: for backward before the activation, in inference behind it."""
     if torch.is_grad_enabled() and is_repeatable(act):
-        return linear_after(fc2, act, mapped(fc1, x))
+        return linear_after(fc2, partial(activated, act), mapped(fc1, x))
     return mapped(fc2, mapped(fc1, x, act))
 
 

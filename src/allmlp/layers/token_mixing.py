@@ -1,13 +1,14 @@
 """Mixer's token mixing (MLP-Mixer, arXiv 2105.01601)."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from allmlp.layers.recomputing import is_idle, is_repeatable, is_watched, linear_after, mapped
+from allmlp.layers.recomputing import activated, is_idle, is_repeatable, is_watched, linear_after, mapped
 from allmlp.layers.resampling import GridBound
 from allmlp.layers.token_linear import TokenLinear
 from allmlp.ops.resampling import Grid, resample_read, resample_written
@@ -37,7 +38,7 @@ class TokenMixingMLP(GridBound):
 
     def forward(self, x: Float[Tensor, "batch tokens channels"]) -> Float[Tensor, "batch tokens channels"]:
         if not is_idle(self.drop1):
-            return self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))
+            return self.drop2(self.fc2(self.drop1(activated(self.act, self.fc1(x)))))
         if torch.compiler.is_exporting() and all(
             type(fc) is TokenLinear and not is_watched(fc) for fc in (self.fc1, self.fc2)
         ):
@@ -50,7 +51,8 @@ class TokenMixingMLP(GridBound):
         # Products of 16 bits are so fast that an activation computed twice shows in the step.
         narrow = isinstance(hidden, Tensor) and hidden.dtype in (torch.bfloat16, torch.float16)
         keeps = narrow or not is_repeatable(self.act)
-        return self.drop2(self.fc2(self.act(hidden)) if keeps else linear_after(self.fc2, self.act, hidden))
+        act = partial(activated, self.act)
+        return self.drop2(self.fc2(act(hidden)) if keeps else linear_after(self.fc2, act, hidden))
 
     def trained_grid(self, own: Mapping[str, Tensor]) -> Grid:
         return (own["fc2.bias"].shape[0],)

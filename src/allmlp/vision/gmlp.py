@@ -7,7 +7,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from allmlp.layers import PatchEmbedding, SpatialGatingUnit
-from allmlp.layers.recomputing import is_idle, pass_unchanged
+from allmlp.layers.recomputing import activated, is_idle, pass_unchanged
 from allmlp.layers.spatial_gating import gated_feed_forward
 from allmlp.vision.base import VisionMLP, column_levels, depth_decayed
 from allmlp.vision.registry import register_family
@@ -75,7 +75,7 @@ class GMLPBlock(nn.Module):
         if pass_unchanged(tokens, self.drop1, self.drop2, self.drop_path):
             return gated_feed_forward(*parts, normed, onto=tokens).view_as(x)
         if not is_idle(self.drop1):
-            y = self.proj_out(self.sgu(self.drop1(self.act(self.proj_in(normed))), normed))
+            y = self.proj_out(self.sgu(self.drop1(activated(self.act, self.proj_in(normed))), normed))
         else:
             y = gated_feed_forward(*parts, normed)
         return (tokens + self.drop_path(self.drop2(y))).view_as(x)
