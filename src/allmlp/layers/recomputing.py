@@ -104,6 +104,15 @@ def residual(x: Tensor, branch: nn.Module, given: Tensor, drop_path: nn.Module) 
     return x + drop_path(branch(given))
 
 
+def laid_out(x: Tensor) -> Tensor:
+    """`x`, which a compiler for CPUs keeps in the order it has in plain execution, and computes once.
+
+    A sum of maps that permuted branches read is laid out for these otherwise: what reads it row by row then gathers
+    number by number, and what torch 2.14 makes of transposing bfloat16 with AVX-512 returns numbers nobody wrote.
+    """
+    return torch.as_strided(x, x.shape, x.stride()) if is_compiled_inference() and x.is_cpu else x
+
+
 def pass_unchanged(x: Tensor, *drops: nn.Module) -> bool:
     """Whether in plain inference these dropouts hand on tensors like `x`, no placeholders, and nobody watches them."""
     return is_plain_inference() and isinstance(x, Tensor) and all(map(is_idle, drops))

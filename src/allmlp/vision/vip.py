@@ -7,7 +7,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from allmlp.layers import ChannelMLP, PatchDownsampling, PatchEmbedding, PermuteMLP, WeightedPermuteMLP
-from allmlp.layers.recomputing import residual
+from allmlp.layers.recomputing import laid_out, residual
 from allmlp.vision.base import VisionMLP, depth_decayed
 from allmlp.vision.registry import register_family
 
@@ -73,9 +73,9 @@ class PermutatorBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Float[Tensor, "batch height width channels"]) -> Float[Tensor, "batch height width channels"]:
-        x = residual(x, self.attn, self.norm1(x), self.drop_path)
+        x = laid_out(residual(x, self.attn, self.norm1(x), self.drop_path))
         tokens = x.flatten(1, 2)
-        return residual(tokens, self.mlp, self.norm2(tokens), self.drop_path).view_as(x)
+        return laid_out(residual(tokens, self.mlp, self.norm2(tokens), self.drop_path)).view_as(x)
 
 
 class VisionPermutator(VisionMLP):
