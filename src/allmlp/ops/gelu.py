@@ -20,10 +20,10 @@ def gelu(x: Float[Tensor, "*shape"], approximate: str = "none") -> Float[Tensor,
     """`y = x Φ(x)` with the normal distribution's `Φ(x) = (1 + erf(x / √2)) / 2`, or its approximation by tanh.
 
     Compiled on a CPU in float32, bfloat16 or float16 it is `y = max(x, 0) − |x| Φ(−|x|)` with `Φ(−t) = 1 / (2 p(t)¹⁶)`,
-    the polynomial `p` of degree 8 (the form of Abramowitz and Stegun, 7.1.28; `benchmarks/gelu.py` fits it). This has
-    half the operations of the compiler's error function and no exponential, and its derivative comes of the same
-    polynomial. Computed in float32, `y` is right to 0.5e-6, its derivative to 1.5e-6; torch's to 1.2e-6 and 0.3e-6. At
-    infinity it is NaN.
+    the polynomial `p` of degree 8 (the form of Abramowitz and Stegun, 7.1.28). It takes less time than the compiler's
+    error function (`benchmarks/gelu.py` fits and times it), its derivative comes of the same polynomial, and it has too
+    many operations for the compiler to compute it again in every kernel that reads it. Computed in float32, `y` is
+    right to 0.5e-6, its derivative to 1.5e-6; torch's to 1.2e-6 and 0.3e-6. At infinity it is NaN.
 
     Args:
         x: any floating dtype.
