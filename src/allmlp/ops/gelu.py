@@ -21,9 +21,8 @@ def gelu(x: Float[Tensor, "*shape"], approximate: str = "none") -> Float[Tensor,
 
     Compiled on a CPU in float32, bfloat16 or float16 it is `y = max(x, 0) − |x| Φ(−|x|)` with `Φ(−t) = 1 / (2 p(t)¹⁶)`,
     the polynomial `p` of degree 8 (the form of Abramowitz and Stegun, 7.1.28). It takes less time than the compiler's
-    error function (`benchmarks/gelu.py` fits and times it), its derivative comes of the same polynomial, and it has too
-    many operations for the compiler to compute it again in every kernel that reads it. Computed in float32, `y` is
-    right to 0.5e-6, its derivative to 1.5e-6; torch's to 1.2e-6 and 0.3e-6. At infinity it is NaN.
+    error function (`benchmarks/gelu.py` fits and times it), and its derivative comes of the same polynomial. Computed
+    in float32, `y` is right to 0.5e-6, its derivative to 1.5e-6; torch's to 1.2e-6 and 0.3e-6. At infinity it is NaN.
 
     Args:
         x: any floating dtype.
@@ -62,22 +61,17 @@ def _in_float32(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 def _by_tail(x: Tensor) -> Tensor:
     t = x.abs()
+    # A power: of a product of p with itself the compiler writes p out for each factor, and takes minutes over it.
     # |x| is halved in front of the division, which then gives no subnormal numbers.
-    return F.relu(x) - 0.5 * t / _power16(_polynomial(_ROOT, t))
+    return F.relu(x) - 0.5 * t / _polynomial(_ROOT, t).pow(16)
 
 
 def _derivative(x: Tensor) -> Tensor:
     """`Φ(x) + x Φ′(x)`: of a negative `x` the derivative of the tail's part, `(p − 16 t p′) / (2 p¹⁷)`."""
     t = x.abs().clamp(max=_NOTHING_LEFT)
     p = _polynomial(_ROOT, t)
-    below = 0.5 * (p - t * _polynomial(_ROOT_SLOPE, t)) / (p * _power16(p))
+    below = 0.5 * (p - t * _polynomial(_ROOT_SLOPE, t)) / p.pow(17)
     return torch.where(x > 0, 1 - below, below)
-
-
-def _power16(x: Tensor) -> Tensor:
-    for _ in range(4):
-        x = x * x
-    return x
 
 
 def _polynomial(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
