@@ -11,9 +11,9 @@
 
 `--peer-path …` stands for three: AS-MLP=DIR, VisionPermutator=DIR and Jittor-MLP=DIR, checkouts of those repositories.
 Each measurement writes `benchmarks/results/speed_<part>.json`, the last command puts all into `docs/speed.md`. On two
-cores they take three (one image) to forty minutes (training, compiled). `--models` and `--batch-size` restrict or widen
+cores they take three minutes (one image) to an hour (training, compiled). `--models` and `--batch-size` restrict or widen
 what is measured; `--cpu-isa AVX512_CORE_BF16` keeps oneDNN from newer instructions (AMX), to compare with machines that
-lack them; `--flush-subnormals` takes subnormal numbers for zero.
+lack them.
 """
 
 import argparse
@@ -44,7 +44,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--cpu-isa", metavar="ISA")
-    parser.add_argument("--flush-subnormals", action="store_true")
     parser.add_argument("--name", help="name of the results' file (default: speed_<part>)")
     options = parser.parse_args()
     if options.models and not options.name:
@@ -58,9 +57,6 @@ def main() -> None:
 
     if options.threads:
         torch.set_num_threads(options.threads)
-    if options.flush_subnormals:
-        # Threads take this over from the one that starts them: it comes before any of them runs.
-        torch.set_flush_denormal(True)
     {"eager": eager, "engines": engines, "page": page}[options.part](options)
 
 
@@ -165,8 +161,6 @@ def _keep(options: argparse.Namespace, results: list) -> None:
     facts = machine()
     if options.cpu_isa:
         facts["onednn_max_cpu_isa"] = options.cpu_isa
-    if options.flush_subnormals:
-        facts["subnormals"] = "flushed"
     write_results(RESULTS / f"{options.name or f'speed_{options.part}'}.json", results, facts)
 
 
