@@ -11,9 +11,9 @@
 
 `--peer-path …` stands for three: AS-MLP=DIR, VisionPermutator=DIR and Jittor-MLP=DIR, checkouts of those repositories.
 Each measurement writes `benchmarks/results/speed_<part>.json`, the last command puts all into `docs/speed.md`. On two
-cores they take three minutes (one image) to an hour (training, compiled). `--models` and `--batch-size` restrict or widen
-what is measured; `--cpu-isa AVX512_CORE_BF16` keeps oneDNN from newer instructions (AMX), to compare with machines that
-lack them.
+cores they take three minutes (one image) to an hour (training, compiled). `--models` and `--batch-size` restrict or
+widen what is measured; `--cpu-isa AVX512_CORE_BF16` keeps oneDNN from newer instructions (AMX), to compare with
+machines that lack them.
 """
 
 import argparse
