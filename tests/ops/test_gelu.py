@@ -1,11 +1,13 @@
 """The GELU by a polynomial, in compiled models, against the error function."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from allmlp.ops import gelu, gelu_reference
 from allmlp.ops.gelu import _by_tail, _derivative
@@ -73,6 +75,15 @@ def test_16_bits_are_computed_in_float32(dtype: torch.dtype) -> None:
     for got, exact in ((out, F.gelu(x.detach().double())), (grad, _exact_derivative(x.detach()))):
         assert got.dtype == dtype
         torch.testing.assert_close(got, exact.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=3e-6)
+
+
+@pytest.mark.parametrize("function", [_by_tail, _derivative])
+def test_little_is_written_out_where_every_reader_writes_its_operands_out(function: Callable[[Tensor], Tensor]) -> None:
+    # So torch's compiler reads them: a product of the polynomial with itself doubles what it writes.
+    written: dict[torch.fx.Node, int] = {}
+    for node in make_fx(function)(torch.randn(4)).graph.nodes:
+        written[node] = 1 + sum(written[x] for x in node.args if isinstance(x, torch.fx.Node))
+    assert max(written.values()) < 300
 
 
 def test_it_gives_no_subnormal_numbers() -> None:

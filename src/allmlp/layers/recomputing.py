@@ -105,7 +105,7 @@ def residual(x: Tensor, branch: nn.Module, given: Tensor, drop_path: nn.Module) 
 
 
 def laid_out(x: Tensor) -> Tensor:
-    """`x`, which a compiler for CPUs keeps in the order it has in plain execution, and computes once.
+    """`x`, which in inference a compiler for CPUs keeps in the order it has in plain execution, and computes once.
 
     A sum of maps that permuted branches read is laid out for these otherwise: what reads it row by row then gathers
     number by number, and what torch 2.14 makes of transposing bfloat16 with AVX-512 returns numbers nobody wrote.
