@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
+from allmlp.benchmark.memory import peak_memory
 from allmlp.errors import UserError
 from allmlp.language import (
     GMLPForCausalLM,
@@ -227,6 +228,20 @@ def test_hidden_states_are_the_embedding_and_every_blocks_output() -> None:
     assert torch.equal(out.hidden_states[0], model.get_input_embeddings()(ids))
     assert torch.equal(out.hidden_states[-1], out.last_hidden_state)
     assert model(ids).hidden_states is None
+
+
+@pytest.mark.parametrize("kind", [GMLPForCausalLM, GMLPForMaskedLM])
+def test_inference_of_more_blocks_needs_no_more_memory(kind) -> None:
+    """What a block was given is freed behind it."""
+    input_ids = tokens(4, CONTEXT)
+
+    def peak(blocks: int) -> int:
+        model = tiny_model(kind, num_hidden_layers=blocks)
+        with torch.no_grad():
+            return peak_memory(lambda: model(input_ids, use_cache=False), torch.device("cpu"))
+
+    peak(1)  # what is made at the first call stays
+    assert peak(9) == peak(3)
 
 
 def test_next_token_loss_shifts_the_labels() -> None:

@@ -200,21 +200,23 @@ class GMLPModel(GMLPPreTrainedModel):
             past.begin(batch, tokens, real, hidden.device)
         hidden = self.dropout(self._with_positions(hidden, past))
 
-        states = [hidden]
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        states = []
         # Drafts of transformers' early exit lower the configuration's number.
         for i, block in enumerate(self.layers[: self.config.num_hidden_layers]):
+            if output_hidden_states:
+                states.append(hidden)
             hidden = block(hidden, mask, padding, cache=past.kept[i] if past else None)
-            states.append(hidden)
-        states[-1] = hidden = self.norm(hidden)
+        hidden = self.norm(hidden)
         if past is not None:
             past.finish()
         if undo is not None:
             hidden = reordered(hidden, undo)
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
+            states = [reordered(state, undo) for state in states]
         outputs: dict[str, Any] = {"last_hidden_state": hidden, CACHE: past}
         if output_hidden_states:
-            outputs["hidden_states"] = tuple(state if undo is None else reordered(state, undo) for state in states)
+            outputs["hidden_states"] = (*states, hidden)
         return BaseModelOutputWithPast(**outputs)
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
