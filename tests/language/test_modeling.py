@@ -24,7 +24,7 @@ from allmlp.language import (
     GMLPModel,
 )
 from allmlp.language.cache import CACHE
-from allmlp.language.modeling import sinusoids
+from allmlp.language.modeling import GMLPBlock, sinusoids
 from allmlp.layers.spatial_gating import visible_tokens
 from tests.fused import assert_fused_matches
 from tests.language.tiny import CONTEXT, OPTIONS, TOEPLITZ, VOCABULARY, tiny_config, tiny_model, tokens
@@ -242,6 +242,36 @@ def test_inference_of_more_blocks_needs_no_more_memory(kind) -> None:
 
     peak(1)  # what is made at the first call stays
     assert peak(9) == peak(3)
+
+
+@each_option
+@pytest.mark.parametrize("kind", [GMLPForCausalLM, GMLPForMaskedLM])
+@pytest.mark.parametrize("masked", ["nothing", "padding", "one for all", "one for each"])
+@pytest.mark.parametrize("watch", [False, True], ids=["unwatched", "watched"])
+def test_large_batches_run_in_slices(options, kind, masked, watch, monkeypatch) -> None:
+    model, input_ids = tiny_model(kind, **options), tokens(5, CONTEXT)
+    real = torch.arange(CONTEXT) < torch.tensor([12, 3, 7, 12, 1]).unsqueeze(1)
+    seen = torch.rand(5, CONTEXT, CONTEXT) < 0.5
+    given = {
+        "nothing": {},
+        "padding": {"attention_mask": real},
+        "one for all": {"visibility_mask": seen[0]},
+        "one for each": {"visibility_mask": seen, "attention_mask": real},
+    }[masked]
+    sizes: list[int] = []
+    with torch.no_grad():
+        expected = model(input_ids, use_cache=False, **given).logits
+        sample = 4 * model.get_input_embeddings()(input_ids)[0].numel() * 4
+        monkeypatch.setattr("allmlp.layers.batch_slices.LARGEST_KEPT_BYTES", 2 * sample)
+        monkeypatch.setattr("allmlp.layers.batch_slices._SLICE_BYTES", 2 * sample)
+        run = GMLPBlock.forward
+        monkeypatch.setattr(
+            GMLPBlock, "forward", lambda self, x, *rest, **named: sizes.append(len(x)) or run(self, x, *rest, **named)
+        )
+        if watch:
+            model.model.layers[0].register_forward_hook(lambda *_: None)
+        assert_close(model(input_ids, use_cache=False, **given).logits, expected)
+    assert sizes == ([5] * 3 if watch else [2] * 3 + [2] * 3 + [1] * 3)
 
 
 def test_next_token_loss_shifts_the_labels() -> None:

@@ -439,8 +439,8 @@ def test_large_batches_run_in_slices(name, watch, monkeypatch) -> None:
         expected = model(images)
         # Two samples of the first map at once; later maps are smaller, and more of them fit.
         sample = 4 * model.stem(images)[0].numel() * images.element_size()
-        monkeypatch.setattr("allmlp.vision.base.LARGEST_KEPT_BYTES", 2 * sample)
-        monkeypatch.setattr("allmlp.vision.base._SLICE_BYTES", 2 * sample)
+        monkeypatch.setattr("allmlp.layers.batch_slices.LARGEST_KEPT_BYTES", 2 * sample)
+        monkeypatch.setattr("allmlp.layers.batch_slices._SLICE_BYTES", 2 * sample)
         run_block = type(model.blocks[0]).forward
         monkeypatch.setattr(
             type(model.blocks[0]), "forward", lambda self, x: sizes.append(x.shape[0]) or run_block(self, x)
@@ -453,8 +453,8 @@ def test_large_batches_run_in_slices(name, watch, monkeypatch) -> None:
 
 def test_every_block_is_called_once_where_all_modules_are_watched(monkeypatch: pytest.MonkeyPatch) -> None:
     model, seen = timm.create_model("mixer_nano_patch4_32", num_blocks=1).eval(), []
-    monkeypatch.setattr("allmlp.vision.base.LARGEST_KEPT_BYTES", 1)
-    monkeypatch.setattr("allmlp.vision.base._SLICE_BYTES", 1)
+    monkeypatch.setattr("allmlp.layers.batch_slices.LARGEST_KEPT_BYTES", 1)
+    monkeypatch.setattr("allmlp.layers.batch_slices._SLICE_BYTES", 1)
     handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
     try:
         with torch.no_grad():

@@ -40,6 +40,7 @@ from allmlp.language.inputs import (
     reordered_mask,
 )
 from allmlp.layers import SpatialGatingUnit
+from allmlp.layers.batch_slices import runs_in_slices, slice_size
 from allmlp.layers.recomputing import mapped, pass_unchanged
 from allmlp.layers.spatial_gating import Past, gated_feed_forward
 from allmlp.ops import token_shift
@@ -203,11 +204,13 @@ class GMLPModel(GMLPPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         states = []
-        # Drafts of transformers' early exit lower the configuration's number.
-        for i, block in enumerate(self.layers[: self.config.num_hidden_layers]):
-            if output_hidden_states:
-                states.append(hidden)
-            hidden = block(hidden, mask, padding, cache=past.kept[i] if past else None)
+        if past is None and not output_hidden_states and runs_in_slices(self, hidden):
+            hidden = self._blocks_in_slices(hidden, mask, padding)
+        else:
+            for i, block in enumerate(self._blocks):
+                if output_hidden_states:
+                    states.append(hidden)
+                hidden = block(hidden, mask, padding, cache=past.kept[i] if past else None)
         hidden = self.norm(hidden)
         if past is not None:
             past.finish()
@@ -218,6 +221,23 @@ class GMLPModel(GMLPPreTrainedModel):
         if output_hidden_states:
             outputs["hidden_states"] = (*states, hidden)
         return BaseModelOutputWithPast(**outputs)
+
+    @property
+    def _blocks(self) -> nn.ModuleList:
+        # Drafts of transformers' early exit lower the configuration's number.
+        return self.layers[: self.config.num_hidden_layers]
+
+    def _blocks_in_slices(self, hidden: Tensor, mask: Tensor | None, padding: Tensor | None) -> Tensor:
+        """Through all blocks with a few rows at a time, which do not meet in any of them."""
+        size, parts = slice_size(hidden, hidden.shape[0]), []
+        for start in range(0, hidden.shape[0], size):
+            rows = slice(start, start + size)
+            part, padded = hidden[rows], None if padding is None else padding[rows]
+            read = mask[rows] if mask is not None and mask.dim() == 3 and mask.shape[0] > 1 else mask
+            for block in self._blocks:
+                part = block(part, read, padded)
+            parts.append(part)
+        return torch.cat(parts)
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if inputs_embeds is not None and input_ids is None:

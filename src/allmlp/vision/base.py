@@ -9,10 +9,10 @@ from timm.layers import trunc_normal_
 from timm.models import checkpoint, checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
-from allmlp.allocator import LARGEST_KEPT_BYTES, keep_freed_memory
+from allmlp.allocator import keep_freed_memory
 from allmlp.layers import PatchEmbedding
+from allmlp.layers.batch_slices import runs_in_slices, slice_size
 from allmlp.layers.patch_embedding import pair
 from allmlp.vision.resolution import grid_bound_layers, resample_state_dict
 
@@ -238,19 +238,11 @@ class VisionMLP(nn.Module):
         x = self.stem(x)
         if self.grad_checkpointing:
             x = checkpoint_seq(self.blocks, x)
-        elif self._runs_in_slices(x):
+        elif runs_in_slices(self, x):
             x = self._blocks_in_slices(x)
         else:
             x = self.blocks(x)
         return self.norm(x)
-
-    def _runs_in_slices(self, x: Tensor) -> bool:
-        """Whether a block needs too much memory at once, in plain eager inference on a CPU with nobody watching."""
-        if torch.is_grad_enabled() or self.training or torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return False
-        if type(x) is not Tensor or x.device.type != "cpu" or _slice_size(x, x.shape[0]) >= x.shape[0]:
-            return False
-        return not (_has_any_global_hook() or any(m._forward_hooks or m._forward_pre_hooks for m in self.modules()))
 
     def _blocks_in_slices(
         self, x: Float[Tensor, "batch rows columns channels"]
@@ -258,7 +250,7 @@ class VisionMLP(nn.Module):
         """`self.blocks(x)` for a few samples at a time; samples do not meet in any block."""
         batch, slices = x.shape[0], (x,)
         for block in self.blocks:
-            size, current = _slice_size(slices[0], batch), slices[0].shape[0]
+            size, current = slice_size(slices[0], batch), slices[0].shape[0]
             if size > current or (len(slices) == 1 and size < current):
                 slices = torch.cat(slices).split(size)
             slices = tuple(block(part) for part in slices)
@@ -274,17 +266,6 @@ class VisionMLP(nn.Module):
     def forward(self, x: Float[Tensor, "batch chans height width"]) -> Tensor:
         """Logits `[batch, classes]`; without a head the pooled features, without pooling a map."""
         return self.forward_head(self.forward_features(x))
-
-
-# The layers of a block that widen its map are kept well below what the allocator hands back to the system.
-_SLICE_BYTES = 16 << 20
-_EXPANSION = 4
-
-
-def _slice_size(x: Tensor, batch: int) -> int:
-    """How many of `batch` samples like those of `x` a block should be given at once."""
-    sample = _EXPANSION * x.shape[1:].numel() * x.element_size()
-    return batch if sample * batch <= LARGEST_KEPT_BYTES else max(1, _SLICE_BYTES // sample)
 
 
 def column_levels(depth: int, channels: int, patch_size: tuple[int, int]) -> list[tuple[int, int, int]]:
