@@ -1,5 +1,6 @@
 """Language training from recipe to run directory, and what a run directory knows."""
 
+import functools
 import json
 import math
 import shutil
@@ -66,6 +67,23 @@ def test_a_causal_run_learns_and_says_how_much(written) -> None:
     for name in ("config.json", "model.safetensors", "recipe.yaml", "tokenizer.json", *metrics["report"]):
         assert (run / name).stat().st_size > 0
     assert "nats" in training.summary(metrics, run)
+
+
+def test_evaluation_asks_the_model_for_logits_alone(tmp_path, monkeypatch) -> None:
+    """Its own loss of all windows at once would take several times their memory, and a cache be of no use."""
+    forward, given = GMLPForCausalLM.forward, []
+
+    @functools.wraps(forward)
+    def watched(self: GMLPForCausalLM, *arguments: Any, **named: Any) -> Any:
+        if not self.training:
+            given.append(named)
+        return forward(self, *arguments, **named)
+
+    monkeypatch.setattr(GMLPForCausalLM, "forward", watched)
+    training.train(recipe(tmp_path, max_steps=2, eval_every=1), tmp_path / "run")
+    assert len(given) > 2
+    # Samples of the report are written with a cache, which is asked for.
+    assert not any("labels" in named or "use_cache" not in named for named in given)
 
 
 def test_a_run_directory_loads_everywhere(written) -> None:

@@ -40,11 +40,18 @@ class WindowsEngine(Engine):
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Any, Any, Any]:
-        found: Any = super().prediction_step(model, inputs, False, ignore_keys)
-        loss, logits, _ = found
-        labels = inputs["labels"].to(logits.device)
-        nats = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none").sum(1)
-        return loss, torch.stack([nats, (labels != IGNORED).sum(1)], dim=1), None
+        labels = inputs["labels"]
+        # Given labels, the model takes its own loss of all windows at once, which needs several times their logits.
+        unlabelled = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
+        if isinstance(self.model, GMLPForCausalLM):
+            unlabelled["use_cache"] = False
+        logits: Any = super().prediction_step(model, unlabelled, False, ignore_keys)[1]
+        labels = labels.to(logits.device)
+        nats = [
+            F.cross_entropy(window.float(), own, ignore_index=IGNORED, reduction="sum")
+            for window, own in zip(logits, labels, strict=True)
+        ]
+        return None, torch.stack([torch.stack(nats), (labels != IGNORED).sum(1)], dim=1), None
 
     def held_out_loss(self, predictions: Any, labels: Any) -> float:
         nats, tokens = predictions.sum(0, dtype="float64")
