@@ -1,6 +1,6 @@
 """Every family beside its peers, and what `allmlp.optimize` makes of it beside the inference engines.
 
-    python benchmarks/speed.py eager --rounds 7 --peer-path …
+    python benchmarks/speed.py eager --rounds 7 --seconds 45 --peer-path …
     python benchmarks/speed.py engines --peer-path …
     python benchmarks/speed.py eager --task inference --batch-size 1 --rounds 25 --name speed_latency --peer-path …
     python benchmarks/speed.py eager --task inference --batch-size 32 --rounds 5 --name speed_batch32 --peer-path …
@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=0.0, help="go on with further rounds of a row for so long")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--cpu-isa", metavar="ISA")
     parser.add_argument("--name", help="name of the results' file (default: speed_<part>)")
@@ -75,7 +76,7 @@ def eager(options: argparse.Namespace) -> None:
     paths = checkouts(dict(given.split("=", 1) for given in options.peer_path))
     results = []
     for setting in wanted:
-        found = measure(setting, peer_paths=paths, rounds=options.rounds, skipped=_leave_out)
+        found = measure(setting, peer_paths=paths, rounds=options.rounds, seconds=options.seconds, skipped=_leave_out)
         print(table(result_table(found)[1:]), flush=True)
         results += found
         _keep(options, results)
