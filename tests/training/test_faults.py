@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -96,6 +97,8 @@ def _killed(recipe: Recipe, output: Path, where: Any, name: str, when: Callable[
         setattr(where, name, deadly)
         try:
             training.train(recipe, output, resume=resume)
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
