@@ -33,6 +33,10 @@ sys.meta_path.insert(0, _Unchecked)  # type: ignore[arg-type]
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
+# The first backward starts a thread for each kind of device, and processes forked from then on can take none. torch's
+# fake tensors (compile, export) pretend that there is a GPU: in front of them there is no thread to start.
+torch.zeros((), requires_grad=True).backward()
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
