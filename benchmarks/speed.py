@@ -42,7 +42,9 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=0.0, help="go on with further rounds of a row for so long")
+    parser.add_argument(
+        "--seconds", type=float, default=0.0, help="eager: further rounds of a row until so many have passed"
+    )
     parser.add_argument("--threads", type=int)
     parser.add_argument("--cpu-isa", metavar="ISA")
     parser.add_argument("--name", help="name of the results' file (default: speed_<part>)")

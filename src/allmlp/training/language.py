@@ -40,13 +40,12 @@ class WindowsEngine(Engine):
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Any, Any, Any]:
-        labels = inputs["labels"]
         # Given labels, the model takes its own loss of all windows at once, which needs several times their logits.
         unlabelled = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
         if isinstance(self.model, GMLPForCausalLM):
             unlabelled["use_cache"] = False
         logits: Any = super().prediction_step(model, unlabelled, False, ignore_keys)[1]
-        labels = labels.to(logits.device)
+        labels = inputs["labels"].to(logits.device)
         nats = [
             F.cross_entropy(window.float(), own, ignore_index=IGNORED, reduction="sum")
             for window, own in zip(logits, labels, strict=True)
