@@ -1,5 +1,6 @@
 """The Trainer from a recipe."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from safetensors.torch import save
 
 from allmlp import training
+from allmlp.checkpoints.training_checkpoints import last_checkpoint
 from allmlp.errors import UserError
 from allmlp.training import engine
 from allmlp.training.engine import chosen_precision, prepare_output, training_arguments
@@ -132,3 +134,37 @@ def test_the_recipe_reaches_the_optimiser(tmp_path: Path, monkeypatch: pytest.Mo
         training.train(tiny_recipe(tmp_path, **chosen), tmp_path / "run")
     (given,) = seen.value.args
     assert [given[name] for name in ("betas", "eps", "weight_decay", "lr")] == [(0.8, 0.95), 1e-6, 0.3, 0.5]
+
+
+def test_steps_of_another_size_are_not_gone_on_with(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    training.train(tiny_recipe(tmp_path, epochs=1), output)
+    before = (output / "recipe.yaml").read_text()
+    for other, product in (({"batch_size": 16}, "16 × 1 × 1"), ({"accumulate": 2}, "8 × 2 × 1")):
+        with pytest.raises(UserError, match=rf"took 8 images and would take 16 \(.*: {product}\)\. Choose --batch-size"):
+            training.train(tiny_recipe(tmp_path, epochs=2, **other), output, resume=True)
+    assert (output / "recipe.yaml").read_text() == before
+    metrics = training.train(tiny_recipe(tmp_path, epochs=2, batch_size=4, accumulate=2), output, resume=True)
+    assert (metrics["epochs"], metrics["steps"]) == (2, 6)
+
+
+def test_more_processes_take_larger_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training.train(tiny_recipe(tmp_path, epochs=1), tmp_path / "run")
+    monkeypatch.setattr(engine, "process_count", lambda: 2)
+    with pytest.raises(UserError, match=r"took 8 images and would take 16 \(.*: 8 × 1 × 2\)"):
+        prepare_output(tmp_path / "run", tiny_recipe(tmp_path), NO_MODEL, resume=True, overwrite=False)
+
+
+def test_the_rate_told_is_the_recipe_s_where_lower_layers_have_less(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, epochs=1, layer_decay=0.5, lr=2e-3, schedule="constant", warmup=0)
+    metrics = training.train(recipe, tmp_path / "run")
+    assert {entry["learning_rate"] for entry in metrics["history"] if "learning_rate" in entry} == {2e-3}
+
+
+def test_the_speed_counts_what_a_short_batch_holds(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, epochs=2, batch_size=20)
+    metrics = training.train(recipe, tmp_path / "run")
+    state = json.loads((last_checkpoint(tmp_path / "run") / "trainer_state.json").read_text())
+    assert metrics["steps"] == 4
+    # Of the 30 pictures a fifth is held out.
+    assert state["stateful_callbacks"]["Progress"]["attributes"]["learnt"] == 2 * 24

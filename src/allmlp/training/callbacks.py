@@ -32,11 +32,11 @@ _log = logging.getLogger(__name__)
 class Progress(TrainerCallback, ExportableState):
     """A bar where somebody watches, and one line per evaluation everywhere.
 
-    How long the training has taken is saved with its checkpoints, for one that goes on.
+    How long the training has taken, and for what, is saved with its checkpoints, for one that goes on.
 
     Args:
         unit: what is counted, such as `images`.
-        per_step: how many of them one optimiser step takes.
+        per_step: how many of them a full optimiser step takes.
     """
 
     def __init__(self, unit: str, per_step: int):
@@ -44,13 +44,17 @@ class Progress(TrainerCallback, ExportableState):
         self.bar: tqdm | None = None
         self.loss: float | None = None
         self.seconds = 0.0
-        self.steps = 0
+        self.learnt = 0
         self.since: float | None = None
 
     @property
     def rate(self) -> float:
         """What is learnt from per second, evaluations and checkpoints left out."""
-        return self.steps * self.per_step / self.seconds if self.seconds else 0.0
+        return self.learnt / self.seconds if self.seconds else 0.0
+
+    def count(self, learnt: int) -> None:
+        """Count what a batch holds: the last one of an epoch is short."""
+        self.learnt += learnt
 
     def pause(self) -> None:
         """Stop the clock until the next step begins."""
@@ -60,11 +64,12 @@ class Progress(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         self.pause()
-        return {"args": {}, "attributes": {"seconds": self.seconds, "steps": self.steps}}
+        attributes = {"seconds": self.seconds, "learnt": self.learnt, "per_step": self.per_step}
+        return {"args": {}, "attributes": attributes}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         former = state.stateful_callbacks.setdefault(type(self).__name__, self.state())["attributes"]
-        self.seconds, self.steps = former["seconds"], former["steps"]
+        self.seconds, self.learnt = former["seconds"], former["learnt"]
         if state.is_world_process_zero:
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit=" steps", leave=False, disable=None)
 
@@ -76,7 +81,6 @@ class Progress(TrainerCallback, ExportableState):
             self.since = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.steps += 1
         if self.bar is not None:
             self.bar.update(1)
         if control.should_evaluate or control.should_save:

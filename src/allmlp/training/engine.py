@@ -88,8 +88,8 @@ class Engine(Trainer):
         self.divergence = Divergence(output, skip=recipe.nan == "skip")
         self.batches: list[tuple[Tensor, list[str]]] = []
         self.place = str(output)
-        per_step = recipe.batch_size * recipe.accumulate * arguments.world_size * per_example
-        self.progress = Progress(unit, per_step)
+        self.per_example = per_example
+        self.progress = Progress(unit, _per_step(recipe, per_example))
         self.averaged = AveragedWeights(recipe.ema, resume_from) if recipe.ema else None
         self.adamw = torch.optim.AdamW(
             parameters,
@@ -219,6 +219,8 @@ class Engine(Trainer):
     def training_step(self, model: Any, inputs: dict[str, Any], *arguments: Any, **settings: Any) -> Tensor:
         """The Trainer's step on one batch, remembered until its gradient has been looked at."""
         names = inputs.pop(NAMES, [])
+        # Processes have as many examples each, but for one.
+        self.progress.count(len(inputs["labels"]) * self.per_example * self.args.world_size)
         loss = super().training_step(model, inputs, *arguments, **settings)
         self.batches.append((loss, names))
         return loss
@@ -227,6 +229,10 @@ class Engine(Trainer):
         """The Trainer's prediction of one batch, whose examples' names the model does not take."""
         unnamed = {name: value for name, value in inputs.items() if name != NAMES}
         return super().prediction_step(model, unnamed, *arguments, **settings)
+
+    def _get_learning_rate(self) -> float:
+        # The Trainer tells the first group's, which is the lowest where rates decay from layer to layer.
+        return max(self.lr_scheduler.get_last_lr())
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
@@ -371,7 +377,15 @@ def refuse_output(output: Path, recipe: Recipe, *, resume: bool, overwrite: bool
 
 
 def prepare_output(
-    output: Path, recipe: Recipe, model: Any, *, resume: bool, overwrite: bool, tokenizer: Any = None
+    output: Path,
+    recipe: Recipe,
+    model: Any,
+    *,
+    resume: bool,
+    overwrite: bool,
+    tokenizer: Any = None,
+    unit: str = "images",
+    per_example: int = 1,
 ) -> Path | None:
     """Make the run directory ready and write the recipe into it.
 
@@ -382,13 +396,15 @@ def prepare_output(
         resume: go on from the last complete checkpoint in it.
         overwrite: remove a former run in it.
         tokenizer: a language model's.
+        unit: what the training counts, such as `images`.
+        per_example: how many of them one example holds.
 
     Returns:
         The checkpoint to go on from, if any: processes that torchrun has started anew always go on.
 
     Raises:
         UserError: if the checkpoint is damaged, or is one of another model, or something else would be held out than in
-            the beginning; the run directory stays as it is.
+            the beginning, or a step would take more or fewer examples; the run directory stays as it is.
     """
     resume = resume or is_restarted()
     checkpoint, keeps_recipe = None, False
@@ -399,6 +415,7 @@ def prepare_output(
         )
         if checkpoint:
             require_readable(checkpoint)
+            _require_same_step(checkpoint, recipe, unit, per_example)
             changes = _changes(output, recipe)
             try:
                 run_directory.require_same_model(checkpoint, model, tokenizer)
@@ -419,6 +436,27 @@ def prepare_output(
         if not (keeps_recipe and (output / run_directory.RECIPE).is_file()):
             write_text(output / run_directory.RECIPE, recipe_to_yaml(recipe))
     return checkpoint
+
+
+def _per_step(recipe: Recipe, per_example: int) -> int:
+    """What a full optimiser step learns from."""
+    return recipe.batch_size * recipe.accumulate * process_count() * per_example
+
+
+def _require_same_step(checkpoint: Path, recipe: Recipe, unit: str, per_example: int) -> None:
+    """Refuse steps of another size: steps are what tells how far a run is, in its schedule and in its data."""
+    callbacks = json.loads((checkpoint / STATE).read_text(encoding="utf-8")).get("stateful_callbacks", {})
+    former = callbacks.get(Progress.__name__, {}).get("attributes", {}).get("per_step")
+    now = _per_step(recipe, per_example)
+    if former in (None, now):
+        return
+    names, factors = "batch size × accumulate × processes", [recipe.batch_size, recipe.accumulate, process_count()]
+    if per_example > 1:
+        names, factors = f"{names} × context", [*factors, per_example]
+    raise UserError(
+        f"A step of {checkpoint} took {former:,} {unit} and would take {now:,} ({names}: "
+        f"{' × '.join(map(str, factors))}). Choose --batch-size and --accumulate so that it stays the same."
+    )
 
 
 def _changes(output: Path, recipe: Recipe) -> dict[str, str]:

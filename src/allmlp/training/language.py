@@ -135,7 +135,16 @@ def _train_language_model(
     training = _training_windows(recipe, data, context, masking)
     held_out = TokenWindows(data.validation, context, masking=masking)
     model = build_model(recipe, config, start)
-    resume_from = prepare_output(output, recipe, model, resume=resume, overwrite=overwrite, tokenizer=data.tokenizer)
+    resume_from = prepare_output(
+        output,
+        recipe,
+        model,
+        resume=resume,
+        overwrite=overwrite,
+        tokenizer=data.tokenizer,
+        unit="tokens",
+        per_example=context,
+    )
     _log.info(
         "%s, %s parameters, %d tokens at once: %s %s to learn from, %s tokens held out, vocabulary of %d, %s",
         type(model).__name__,
@@ -213,7 +222,9 @@ def _train_classifier(
     context = recipe.context or config.max_position_embeddings
     training = TextBatches(train_texts, tokenizer, context)
     held_out = TextBatches(held_out_texts, tokenizer, context)
-    resume_from = prepare_output(output, recipe, model, resume=resume, overwrite=overwrite, tokenizer=tokenizer)
+    resume_from = prepare_output(
+        output, recipe, model, resume=resume, overwrite=overwrite, tokenizer=tokenizer, unit="texts"
+    )
     _log.info(
         "%s parameters: %s texts to learn from, %s held out, %d classes, %s",
         f"{model.num_parameters():,}",
