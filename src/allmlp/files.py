@@ -13,6 +13,8 @@ from allmlp.errors import UserError
 
 UNFINISHED = ".unfinished"
 """How the names end of what is being written; a process that is killed leaves it behind."""
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""The errors of a write for which there is no room."""
 
 
 @contextlib.contextmanager

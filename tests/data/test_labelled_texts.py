@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import datasets
 import numpy as np
 import pytest
@@ -41,6 +43,17 @@ def test_batches_are_padded_and_cut() -> None:
     assert batch["attention_mask"].sum(1).tolist() == [5, 2, 1]
     assert batch["input_ids"][0].tolist() == [*b"abcde"]
     assert batch["input_ids"][1, -2:].tolist() == [*b"ab"]
+
+
+def test_texts_become_tokens_once() -> None:
+    texts = LabelledTexts(texts=["fox", "", " "], labels=np.array([1, 0, 1]))
+    tokenizer = make_tokenizer("bytes", [])
+    batches = TextBatches(texts, tokenizer, 5)
+    batches.tokenizer = SimpleNamespace(pad_token_id=7, padding_side="right")
+    batch = batches.__getitems__([1, 0])
+    assert batch["input_ids"].tolist() == [[tokenizer.eos_token_id, 7, 7], [*b"fox"]]
+    assert batch["attention_mask"].tolist() == [[1, 0, 0], [1, 1, 1]]
+    assert batch["names"] == ["", "fox"]
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,12 @@ def test_a_line_longer_than_a_piece_is_kept_whole(tmp_path, monkeypatch) -> None
     assert "".join(part) == "x" * 1000 + "é" * 100
 
 
+def test_a_large_file_is_many_pieces_for_a_tokenizers_threads(tmp_path) -> None:
+    pieces = list(find_texts(write_text(tmp_path / "a.txt", "a line\n" * 100_000))["train"])
+    assert len(pieces) >= 10
+    assert max(map(len, pieces)) < 2**17
+
+
 @pytest.mark.parametrize("share", [0.1, 0.25, 0.5])
 def test_a_cut_splits_no_character(tmp_path, share) -> None:
     text = "äöü€🦊" * 40

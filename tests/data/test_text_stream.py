@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from allmlp.data import as_is
+from allmlp.data import as_is, image_sources
 from allmlp.data.sampling import IGNORED
 from allmlp.data.text import Masking
 from allmlp.data.text_stream import TokenStream, streamed_text
@@ -71,6 +71,21 @@ def test_masks_and_order_follow_the_seed(tmp_path: Path) -> None:
     kept = first[0]["labels"] == IGNORED
     assert kept.any()
     assert not kept.all()
+
+
+def test_the_hub_s_shards_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _write(tmp_path)
+    files = {split: tuple(map(str, sorted(tmp_path.glob(f"{split}-*")))) for split in ("train", "val")}
+    found = {"train": files["train"], "validation": files["val"]}
+    asked: list[str] = []
+    monkeypatch.setattr(image_sources, "hub_shards", lambda name: asked.append(name) or found)
+    data = streamed_text("somebody/letters:en")
+    assert asked == ["somebody/letters:en"]
+    assert len(data.train) == sum(SIZES)
+    with pytest.raises(UserError, match=r"There is no file or folder \./letters"):
+        streamed_text("./letters")
+    with pytest.raises(UserError, match="python-stdlib cannot be streamed"):
+        streamed_text("python-stdlib")
 
 
 def test_what_cannot_stream_is_refused(tmp_path: Path) -> None:

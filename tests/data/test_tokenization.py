@@ -1,3 +1,5 @@
+import resource
+
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -5,7 +7,16 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from allmlp.data.text_sources import find_texts
-from allmlp.data.tokenization import BYTES, CHARACTERS, END, encode, fitting_tokenizer, load_tokenizer, make_tokenizer
+from allmlp.data.tokenization import (
+    BYTES,
+    CHARACTERS,
+    END,
+    encode,
+    first_tokens,
+    fitting_tokenizer,
+    load_tokenizer,
+    make_tokenizer,
+)
 from allmlp.errors import UserError
 from allmlp.language import GMLPConfig, GMLPForCausalLM
 from tests.data.texts import TEXT, write_table, write_text
@@ -113,3 +124,45 @@ def test_a_vocabulary_may_be_larger_than_sixteen_bits(tmp_path) -> None:
     path = write_text(tmp_path / "a.txt", "w1 w65540")
     tokens = encode(find_texts(path)["train"], PreTrainedTokenizerFast(tokenizer_object=backend))
     assert tokens.ids.tolist() == [1, 65540]
+
+
+def test_a_tokenizer_without_padding_pads_with_its_end_of_text(tmp_path) -> None:
+    backend = make_tokenizer(BYTES, []).backend_tokenizer
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END).save_pretrained(tmp_path / "ends")
+    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path / "bare")
+    assert load_tokenizer(tmp_path / "ends").pad_token == END
+    bare = load_tokenizer(tmp_path / "bare")
+    assert bare.pad_token is None
+    with pytest.raises(UserError, match="neither padding nor an end of text to fill up shorter texts with"):
+        first_tokens(["a"], bare, 4)
+
+
+@pytest.mark.parametrize("count", [1, 7, 40])
+def test_first_tokens_are_the_tokenizer_s_own(tokenizer, count) -> None:
+    texts = [STRANGE, END * 50 + "fox", "", "fox" + END + TEXT]
+    wanted = tokenizer(texts, truncation=True, max_length=count)["input_ids"]
+    found = [ids.tolist() for ids in first_tokens(texts, tokenizer, count)]
+    assert found == [ids or [tokenizer.eos_token_id] for ids in wanted]
+
+
+def test_a_text_without_tokens_is_an_end_of_text() -> None:
+    backend = Tokenizer(models.WordLevel({"fox": 0, END: 1}, unk_token="fox"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END, pad_token=END)
+    assert [ids.tolist() for ids in first_tokens(["  ", "fox", ""], tokenizer, 4)] == [[1], [0], [1]]
+
+
+def test_tokens_that_find_no_room_say_where(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    part = find_texts(write_text(tmp_path / "a.txt", "fox " * 100_000))["train"]
+    tokenizer = make_tokenizer(CHARACTERS, [part])
+    limit, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, most))
+    try:
+        with pytest.raises(
+            UserError, match=rf"do not fit into {tmp_path}, .*: File too large\. Name a folder .* TMPDIR"
+        ):
+            encode(part, tokenizer)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
+    assert len(encode(part, tokenizer)) == 400_000

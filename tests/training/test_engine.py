@@ -141,7 +141,9 @@ def test_steps_of_another_size_are_not_gone_on_with(tmp_path: Path) -> None:
     training.train(tiny_recipe(tmp_path, epochs=1), output)
     before = (output / "recipe.yaml").read_text()
     for other, product in (({"batch_size": 16}, "16 × 1 × 1"), ({"accumulate": 2}, "8 × 2 × 1")):
-        with pytest.raises(UserError, match=rf"took 8 images and would take 16 \(.*: {product}\)\. Choose --batch-size"):
+        with pytest.raises(
+            UserError, match=rf"took 8 images and would take 16 \(.*: {product}\)\. Choose --batch-size"
+        ):
             training.train(tiny_recipe(tmp_path, epochs=2, **other), output, resume=True)
     assert (output / "recipe.yaml").read_text() == before
     metrics = training.train(tiny_recipe(tmp_path, epochs=2, batch_size=4, accumulate=2), output, resume=True)

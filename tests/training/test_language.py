@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, pipeline
 
 import allmlp
 from allmlp import training
@@ -191,6 +191,25 @@ def test_generate_refuses_in_a_sentence(written) -> None:
     ):
         with pytest.raises(UserError, match=message):
             generate(run, prompts, **settings)
+
+
+def test_a_run_whose_tokenizer_neither_pads_nor_masks(written, tmp_path) -> None:
+    run = shutil.copytree(written[0], tmp_path / "run")
+    own = AutoTokenizer.from_pretrained(run)
+    for ends in ({"eos_token": own.eos_token}, {}):
+        for file in run.glob("*token*.json"):
+            file.unlink()
+        bare = PreTrainedTokenizerFast(tokenizer_object=own.backend_tokenizer, unk_token=own.unk_token, **ends)
+        bare.save_pretrained(run)
+        assert bare.pad_token is None
+        found = generate(str(run), ["line"], max_new_tokens=5, temperature=0)
+        assert (found[0]["tokens"], len(found[0]["text"])) == (5, 5)
+    settings = {"model": None, "model_args": {}, "start_from": str(run), "max_steps": 1}
+    with pytest.raises(UserError, match=r"The tokenizer in .*/run has no mask token"):
+        training.train(recipe(tmp_path, "fill-mask", **settings), tmp_path / "masked")
+    data = write_table(tmp_path / "rows.csv", labelled())
+    with pytest.raises(UserError, match="the tokenizer has neither padding nor an end of text"):
+        training.train(recipe(tmp_path, "text-classification", data=data, **settings), tmp_path / "classes")
 
 
 def test_a_masked_run_learns(tmp_path) -> None:

@@ -223,6 +223,7 @@ def shards_to_stream(data: str, streaming: bool) -> dict[str, tuple[str, ...]]:
     if not found and streaming:
         if data == DIGITS or path.exists():
             raise UserError(f"{data} cannot be streamed: that takes .parquet or .tar files.")
+        refuse_missing_path(data)
         found = hub_shards(data)
     return found if streaming or (found and found["train"][0].endswith(".tar")) else {}
 

@@ -6,12 +6,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from allmlp.data import NAMES
 from allmlp.data.sampling import hold_out, ignored
 from allmlp.data.shards import check_class_column
 from allmlp.data.text_sources import Documents, is_table, read_tables, text_and_label
+from allmlp.data.tokenization import first_tokens
 from allmlp.errors import UserError
 
 
@@ -120,15 +123,19 @@ class TextBatches(Dataset):
 
     Args:
         texts: the texts and their classes.
-        tokenizer: a tokenizer of transformers with padding.
+        tokenizer: a tokenizer of transformers.
         context: tokens of a text that are read at most, the first ones.
+
+    Raises:
+        UserError: if the tokenizer cannot pad.
     """
 
     def __init__(self, texts: LabelledTexts, tokenizer: Any, context: int) -> None:
-        self.texts, self.tokenizer, self.context = texts, tokenizer, context
+        self.texts, self.tokenizer = texts, tokenizer
+        self.ids = first_tokens(texts.texts, tokenizer, context)
 
     def __len__(self) -> int:
-        return len(self.texts)
+        return len(self.ids)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.__getitems__([index])
@@ -136,15 +143,14 @@ class TextBatches(Dataset):
     def __getitems__(self, indices: list[int]) -> dict[str, Any]:
         if not indices:
             return ignored(self.__getitems__([0]))
-        chosen = self.texts.subset(indices)
-        # An empty text is a text too: one end-of-text token.
-        texts = [text or self.tokenizer.eos_token for text in chosen.texts]
-        batch = self.tokenizer(
-            texts,
-            padding=True,
-            truncation=True,
-            max_length=self.context,
-            return_tensors="pt",
-            return_token_type_ids=False,
-        )
-        return {**batch, "labels": torch.from_numpy(chosen.labels), NAMES: [text[:60] for text in texts]}
+        chosen = [torch.from_numpy(self.ids[index]) for index in indices]
+        return {
+            "input_ids": self._padded(chosen, self.tokenizer.pad_token_id),
+            "attention_mask": self._padded([torch.ones_like(ids) for ids in chosen], 0),
+            "labels": torch.from_numpy(self.texts.labels[indices]),
+            NAMES: [self.texts.texts[index][:60] for index in indices],
+        }
+
+    def _padded(self, rows: list[Tensor], filling: int) -> Tensor:
+        side = self.tokenizer.padding_side
+        return pad_sequence(rows, batch_first=True, padding_value=filling, padding_side=side)

@@ -31,8 +31,9 @@ STDLIB = "python-stdlib"
 TEXT_COLUMNS = ("text", "txt", "content", "sentence", "document", "review")
 TABLES = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json"}
 _PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
-# Read of a file at a time; what ends in it is never cut inside a line.
-_PIECE = 2**22
+# Bytes of a file at a time, cut behind the last line end in them. Tokenizers share pieces out over threads, and need
+# time and memory that grow faster than a piece.
+_PIECE = 2**16
 
 
 class Readable(Protocol):

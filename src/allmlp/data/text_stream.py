@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from allmlp.data.shards import find_shards, shuffled
+from allmlp.data.image_sources import shards_to_stream
+from allmlp.data.shards import shuffled
 from allmlp.data.text import Masking, TextData
-from allmlp.data.text_sources import TextShards, text_shards
+from allmlp.data.text_sources import STDLIB, TextShards, text_shards
 from allmlp.data.tokenization import encode, make_tokenizer, token_ids
 from allmlp.errors import UserError
 
@@ -34,9 +35,9 @@ def streamed_text(
     Raises:
         UserError: if there are no such shards or tokenizer, or none for validation.
     """
-    shards = find_shards(data)
-    if not shards:
+    if data == STDLIB:
         raise UserError(f"{data} cannot be streamed: that takes .parquet or .tar files.")
+    shards = shards_to_stream(data, streaming=True)
     if "validation" not in shards:
         raise UserError(
             f"{data} streams, so nothing is held out of it: give shards for validation, such as val-0000.parquet."

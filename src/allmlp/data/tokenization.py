@@ -1,7 +1,7 @@
 """Tokenizers as transformers keeps them, made from a word on the command line, and the fast way from text to tokens."""
 
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from allmlp.data.text_sources import Readable, TextFile
 from allmlp.errors import UserError, first_line
+from allmlp.files import NO_ROOM
 
 BYTES, CHARACTERS = "bytes", "characters"
 END, MASK, UNKNOWN = "<|endoftext|>", "<|mask|>", "<|unknown|>"
@@ -104,22 +105,27 @@ def fitting_tokenizer(name: str, model: Any) -> Any:
 
 
 def load_tokenizer(name: str | Path) -> Any:
-    """A tokenizer of a directory, a `tokenizer.json`, or the Hub.
+    """A tokenizer of a directory, a `tokenizer.json`, or the Hub; one without padding pads with its end of text.
 
     Raises:
         UserError: if there is none that transformers can load.
     """
     try:
-        if Path(name).is_file():
-            return PreTrainedTokenizerFast(tokenizer_file=str(name))
         # Without the word transformers would ask whether to run the code that a directory names.
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer: Any = (
+            PreTrainedTokenizerFast(tokenizer_file=str(name))
+            if Path(name).is_file()
+            else AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        )
     # A broken file raises tokenizers' bare Exception.
     except Exception as error:
         raise UserError(
             f"'{name}' is no tokenizer: neither {BYTES} nor {CHARACTERS}, nor a file, a directory or a name on the Hub "
             f"that transformers can load ({first_line(error)})"
         ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def encode(texts: Readable, tokenizer: Any) -> Tokens:
@@ -142,26 +148,57 @@ def encode(texts: Readable, tokenizer: Any) -> Tokens:
             raise UserError("the tokenizer has no end-of-text token to put between documents")
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
     characters = size = unknown = 0
-    with tempfile.TemporaryFile() as file:
-        for batch in _batches(texts):
-            characters += sum(len(text) for text in batch)
-            size += sum(len(text.encode("utf-8", "surrogatepass")) for text in batch)
-            for ids in _encoded(batch, tokenizer, unit):
-                if tokenizer.unk_token_id is not None:
-                    unknown += int(np.count_nonzero(ids == tokenizer.unk_token_id))
-                ids.astype(dtype).tofile(file)
-                if end is not None:
-                    np.array([end], dtype).tofile(file)
-        file.flush()
-        count = file.tell() // dtype.itemsize
-        # The map keeps the nameless file alive.
-        ids = np.memmap(file, dtype=dtype, mode="r", shape=(count,)) if count else np.empty(0, dtype)
+    try:
+        with tempfile.TemporaryFile() as file:
+            for batch in _batches(texts):
+                characters += sum(len(text) for text in batch)
+                size += sum(len(text.encode("utf-8", "surrogatepass")) for text in batch)
+                for ids in _encoded(batch, tokenizer, unit):
+                    if tokenizer.unk_token_id is not None:
+                        unknown += int(np.count_nonzero(ids == tokenizer.unk_token_id))
+                    # numpy's own way into a file does not say why it cannot write.
+                    file.write(ids.astype(dtype).data)
+                    if end is not None:
+                        file.write(np.array([end], dtype).data)
+            file.flush()
+            count = file.tell() // dtype.itemsize
+            # The map keeps the nameless file alive.
+            ids = np.memmap(file, dtype=dtype, mode="r", shape=(count,)) if count else np.empty(0, dtype)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise UserError(
+            f"The tokens of the text do not fit into {tempfile.gettempdir()}, where temporary files go: "
+            f"{error.strerror}. Name a folder with more room in TMPDIR."
+        ) from error
     return Tokens(ids=ids, characters=characters, bytes=size, unknown=unknown)
 
 
 def token_ids(texts: list[str], tokenizer: Any) -> Iterator[np.ndarray]:
     """The tokens of each text, without any around it."""
     return _encoded(texts, tokenizer, tokenizer.init_kwargs.get(_UNIT))
+
+
+def first_tokens(texts: Sequence[str], tokenizer: Any, count: int) -> list[np.ndarray]:
+    """The first `count` tokens of each text, [tokens] int64, with those around it that the tokenizer knows.
+
+    A text without tokens, such as an empty one, is an end of text.
+
+    Raises:
+        UserError: if the tokenizer has no token to fill up shorter texts with.
+    """
+    end = tokenizer.pad_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    if tokenizer.pad_token_id is None:
+        raise UserError("the tokenizer has neither padding nor an end of text to fill up shorter texts with")
+    if tokenizer.init_kwargs.get(_UNIT) is not None:
+        # A token is a byte, a character, or one of those that are written out: what is behind need not be looked at.
+        longest = max(map(len, tokenizer.get_vocab()))
+        texts = [text[: count * longest] for text in texts]
+    found: list[np.ndarray] = []
+    for batch in _batches(texts):
+        ids = tokenizer(batch, truncation=True, max_length=count, return_attention_mask=False)["input_ids"]
+        found += [np.array(each or [end], np.int64) for each in ids]
+    return found
 
 
 def _encoded(batch: list[str], tokenizer: Any, unit: str | None) -> Iterator[np.ndarray]:

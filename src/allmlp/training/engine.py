@@ -232,7 +232,8 @@ class Engine(Trainer):
 
     def _get_learning_rate(self) -> float:
         # The Trainer tells the first group's, which is the lowest where rates decay from layer to layer.
-        return max(self.lr_scheduler.get_last_lr())
+        scheduler: Any = self.lr_scheduler
+        return max(scheduler.get_last_lr())
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)

@@ -4,7 +4,6 @@ process that died, a disk that is full.
 
 import contextlib
 import dataclasses
-import errno
 import json
 import logging
 import math
@@ -25,6 +24,7 @@ from allmlp.checkpoints import run_directory
 from allmlp.checkpoints.training_checkpoints import last_checkpoint
 from allmlp.distributed import is_first_process, missing_processes
 from allmlp.errors import Diverged, TrainingError, UserError
+from allmlp.files import NO_ROOM
 
 _log = logging.getLogger(__name__)
 
@@ -32,7 +32,6 @@ PATIENCE = 20
 """Steps that may be skipped one after another."""
 SHOWN = 5
 """Names in a message; `nan.jsonl` has them all."""
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NOT_WRITTEN = re.compile(r"No space left on device|Disk quota exceeded|File too large")
 _CUT_OFF = re.compile(r"PytorchStreamWriter failed|inline_container\.cc|iostream error")
 _WORKER = re.compile(r"DataLoader worker \(pid\S* ([\d, ]+)\) (is killed by signal: [\w ]+|exited unexpectedly)")
@@ -168,7 +167,7 @@ def _dead_worker(error: Exception) -> str | None:
 
 def _full_disk(error: Exception, output: Path) -> str | None:
     if isinstance(error, OSError):
-        reason = error.strerror if error.errno in _NO_ROOM else None
+        reason = error.strerror if error.errno in NO_ROOM else None
     # safetensors and torch write by themselves, and only safetensors says why it cannot.
     elif found := _NOT_WRITTEN.search(str(error)):
         reason = found[0]

@@ -28,7 +28,7 @@ from allmlp.training import language_report
 from allmlp.training.callbacks import TensorBoard
 from allmlp.training.engine import Engine, chosen_precision, prepare_output, refuse_output
 from allmlp.training.evaluation import accuracy_of
-from allmlp.training.language_evaluation import classify, model_tokenizer, text_loss, text_measures
+from allmlp.training.language_evaluation import classify, mask_token, model_tokenizer, text_loss, text_measures
 from allmlp.training.recipe import CausalRecipe, LanguageRecipe, MaskedRecipe, TextClassificationRecipe
 
 _log = logging.getLogger(__name__)
@@ -130,7 +130,9 @@ def _train_language_model(
     masking = None
     if isinstance(recipe, MaskedRecipe):
         masking = Masking(
-            share=recipe.mask_share, mask_token=data.tokenizer.mask_token_id, vocabulary=len(data.tokenizer)
+            share=recipe.mask_share,
+            mask_token=mask_token(data.tokenizer, recipe.tokenizer or recipe.start_from),
+            vocabulary=len(data.tokenizer),
         )
     training = _training_windows(recipe, data, context, masking)
     held_out = TokenWindows(data.validation, context, masking=masking)

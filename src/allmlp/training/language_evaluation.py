@@ -45,7 +45,8 @@ def text_loss(model: Any, windows: TokenWindows, batch_size: int = 64) -> tuple[
     batch_size = max(1, min(batch_size, _LOGITS // (windows.context * model.config.vocab_size)))
     for logits, labels in _outputs(model, windows, batch_size):
         losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
-        nats += losses.double().sum().item()
+        # Not every accelerator has float64.
+        nats += losses.cpu().double().sum().item()
         predicted += int((labels != IGNORED).sum())
     return nats, predicted
 
@@ -56,11 +57,11 @@ def classify(
 ) -> tuple[Float[Tensor, "texts classes"], Int[Tensor, " texts"]]:
     """A classifier's logits for labelled texts, and the labels."""
     logits, labels = zip(*_outputs(model, texts, batch_size), strict=True)
-    return torch.cat(logits), torch.cat(labels)
+    return torch.cat(logits).cpu(), torch.cat(labels).cpu()
 
 
 def _outputs(model: Any, data: Any, batch_size: int) -> Any:
-    """The logits in float32 and the labels of each batch, in eval mode, on the CPU."""
+    """The logits in float32 and the labels of each batch, in eval mode, on the model's device."""
     training = model.training
     model.eval()
     loader = DataLoader(data, batch_size=batch_size, collate_fn=as_is)
@@ -68,7 +69,7 @@ def _outputs(model: Any, data: Any, batch_size: int) -> Any:
         inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask") if name in batch}
         if isinstance(model, GMLPForCausalLM):
             inputs["use_cache"] = False
-        yield model(**inputs).logits.float().cpu(), batch["labels"]
+        yield model(**inputs).logits.float(), batch["labels"].to(model.device)
     model.train(training)
 
 
@@ -159,7 +160,7 @@ def evaluate(
     masking = None
     if task == "fill-mask":
         share = getattr(recipe, "mask_share", 0.15)
-        masking = Masking(share=share, mask_token=_mask_token(tokenizer, run), vocabulary=len(tokenizer))
+        masking = Masking(share=share, mask_token=mask_token(tokenizer, run), vocabulary=len(tokenizer))
     windows = TokenWindows(tokens, context, masking=masking, stride=stride)
     nats, predicted = text_loss(model, windows, batch_size)
     measures = text_measures(nats, predicted, tokens, masked=masking is not None)
@@ -297,7 +298,8 @@ def generate(
         )[:, length:]
         texts = tokenizer.batch_decode(written, skip_special_tokens=True)
         for place, text, ids in zip(places, texts, written, strict=True):
-            tokens = int((ids != tokenizer.pad_token_id).sum())
+            # A text that ended before the others is filled up with padding.
+            tokens = len(ids) if tokenizer.eos_token_id is None else int((ids != tokenizer.pad_token_id).sum())
             answers[place] = {"prompt": prompts[place], "text": text, "tokens": tokens}
     return [answers[place] for place in range(len(prompts))]
 
@@ -334,6 +336,17 @@ def model_tokenizer(run: str, model: Any) -> Any:
             "they do not belong together."
         )
     return tokenizer
+
+
+def mask_token(tokenizer: Any, name: object) -> int:
+    """The token that stands for those to be predicted.
+
+    Raises:
+        UserError: if there is none in the tokenizer, which is called `name`.
+    """
+    if tokenizer.mask_token_id is None:
+        raise UserError(f"The tokenizer in {name} has no mask token.")
+    return tokenizer.mask_token_id
 
 
 def _evaluate_classes(
@@ -385,9 +398,3 @@ def _context(recipe: LanguageRecipe | None, model: Any) -> int:
     own = model.config.max_position_embeddings
     wanted = (recipe.context if recipe else None) or own
     return wanted if model.config.spatial_weight == "toeplitz" else min(wanted, own)
-
-
-def _mask_token(tokenizer: Any, run: str) -> int:
-    if tokenizer.mask_token_id is None:
-        raise UserError(f"The tokenizer in {run} has no mask token.")
-    return tokenizer.mask_token_id
