@@ -28,7 +28,7 @@ def _state(**values: Any) -> Any:
 
 
 def _control() -> Any:
-    return types.SimpleNamespace(should_evaluate=False, should_save=False, should_training_stop=False)
+    return types.SimpleNamespace(should_evaluate=False, should_save=False, should_training_stop=False, should_log=False)
 
 
 def test_the_rate_leaves_evaluations_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,12 +53,16 @@ def test_the_rate_leaves_evaluations_out(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_an_evaluation_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress("images", per_step=8)
     progress.on_log(None, _state(), _control(), logs={"loss": 0.5, "learning_rate": 0.1})
-    arguments = types.SimpleNamespace(num_train_epochs=3)
+    arguments = types.SimpleNamespace(num_train_epochs=3, max_steps=-1)
     metrics = {"eval_loss": 0.25, "eval_accuracy": 0.875}
     progress.on_evaluate(arguments, _state(epoch=1.0, global_step=1234), _control(), metrics=metrics)
     parts = [part.strip() for part in capsys.readouterr().err.split("  ") if part.strip()]
     assert parts[:3] == ["epoch", "1.0 of 3", "step 1,234"]
     assert parts[3:] == ["loss 0.5000", "held-out loss 0.2500", "accuracy 87.50%", "0 images/s"]
+    arguments.max_steps = 2000
+    progress.on_evaluate(arguments, _state(epoch=1.0, global_step=1234), _control(), metrics=metrics)
+    parts = [part.strip() for part in capsys.readouterr().err.split("  ") if part.strip()]
+    assert parts[:3] == ["epoch", "1.0", "step 1,234 of 2,000"]
 
 
 @pytest.mark.parametrize(("epoch", "told"), [(None, 0), (0.0, 0), (1.3333, 1), (2.0, 2), (2.9999999999, 3)])

@@ -170,3 +170,8 @@ def test_the_speed_counts_what_a_short_batch_holds(tmp_path: Path) -> None:
     assert metrics["steps"] == 4
     # Of the 30 pictures a fifth is held out.
     assert state["stateful_callbacks"]["Progress"]["attributes"]["learnt"] == 2 * 24
+
+
+def test_a_training_shorter_than_the_time_between_two_losses_has_one(tmp_path: Path) -> None:
+    metrics = training.train(tiny_recipe(tmp_path, epochs=1, log_every=50), tmp_path / "run")
+    assert [entry["step"] for entry in metrics["history"] if "loss" in entry] == [3]

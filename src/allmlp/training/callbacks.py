@@ -83,6 +83,8 @@ class Progress(TrainerCallback, ExportableState):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:
             self.bar.update(1)
+        # A training that is shorter than the time between two losses has one too.
+        control.should_log = control.should_log or state.global_step >= state.max_steps
         if control.should_evaluate or control.should_save:
             self.pause()
 
@@ -99,6 +101,8 @@ class Progress(TrainerCallback, ExportableState):
         if not state.is_world_process_zero:
             return
         parts = [f"epoch {state.epoch:5.1f} of {args.num_train_epochs:g}", f"step {state.global_step:,}"]
+        if args.max_steps > 0:
+            parts = [f"epoch {state.epoch:5.1f}", f"step {state.global_step:,} of {args.max_steps:,}"]
         if self.loss is not None:
             parts.append(f"loss {self.loss:.4f}")
         parts.append(f"held-out loss {metrics['eval_loss']:.4f}")

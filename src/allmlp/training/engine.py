@@ -329,8 +329,7 @@ def training_arguments(recipe: Recipe, output: Path, workers: int = 0, best: str
         use_cpu=on_cpu,
         torch_compile=recipe.compile,
         seed=recipe.seed,
-        # A short training has a curve too.
-        logging_steps=min(recipe.log_every, recipe.max_steps or recipe.log_every),
+        logging_steps=recipe.log_every,
         # Whoever looks at each loss waits for the accelerator, as a training that may skip steps does anyway.
         logging_nan_inf_filter=recipe.nan == "skip",
         metric_for_best_model=best,
