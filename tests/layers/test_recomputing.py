@@ -331,3 +331,23 @@ def test_hooks_of_all_modules_are_called() -> None:
     finally:
         handle.remove()
     assert {mlp.fc1, mlp.act, mlp.fc2} <= set(seen)
+
+
+@pytest.mark.parametrize("kind", ["halves", "permute"])
+def test_under_autocast_products_of_one_input_keep_one_copy(kind: str) -> None:
+    linear, permute = nn.Linear(8, 16), PermuteMLP(8, (4, 4), 4)
+    x = torch.randn(2, 4, 4, 8, requires_grad=True)
+    kept: list[Tensor] = []
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        out = mapped_halves(linear, x, nn.GELU()) if kind == "halves" else permute.mix(x)
+    assert all(part.dtype == torch.bfloat16 for part in out)
+    assert not any(tensor.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() for tensor in kept)
+    copies = [tensor for tensor in kept if tensor.numel() == x.numel() and tensor.dtype == torch.bfloat16]
+    values = x.detach().bfloat16().flatten().sort().values
+    same = {
+        tensor.untyped_storage().data_ptr() for tensor in copies if torch.equal(tensor.flatten().sort().values, values)
+    }
+    assert len(same) == 1

@@ -10,6 +10,7 @@ from allmlp.layers.resampling import GridBound
 from allmlp.layers.split_attention import SplitAttention
 from allmlp.ops import permute_linear
 from allmlp.ops.axial_shift import Axis
+from allmlp.ops.execution import autocast
 from allmlp.ops.permute_linear import segment_map, segment_rows
 from allmlp.ops.resampling import Grid, resample_read, resample_written
 
@@ -51,6 +52,8 @@ class PermuteMLP(GridBound):
         """The three branches: mixed along height, width and channels."""
         if x.shape[1:3] != self.grid_size:
             raise ValueError(f"the input's map is {tuple(x.shape[1:3])}, this layer was built for {self.grid_size}")
+        # Once for all three: else each would keep a copy.
+        (x,) = autocast(x)
         return self._along(self.mlp_h, x, "height"), self._along(self.mlp_w, x, "width"), mapped(self.mlp_c, x)
 
     def _along(self, linear: nn.Linear, x: Tensor, axis: Axis) -> Tensor:

@@ -11,7 +11,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from allmlp import ops
 from allmlp.layers.token_linear import TokenLinear
-from allmlp.ops.execution import is_compiled, is_compiled_inference, is_plain_inference, is_plain_training
+from allmlp.ops.execution import autocast, is_compiled, is_compiled_inference, is_plain_inference, is_plain_training
 from allmlp.ops.gelu import gelu_of_product
 from allmlp.ops.products import multiplies_in_float32
 from allmlp.ops.recomputing import Across, recomputing_linear
@@ -130,6 +130,8 @@ def mapped_halves(linear: nn.Module, x: Tensor, act: nn.Module) -> tuple[Tensor,
         u, v = mapped(linear, x, act).chunk(2, dim=-1)
         return u, v
     gelu = act.approximate if type(act) is nn.GELU else None
+    # Once for both: else each would keep a copy.
+    (x,) = autocast(x)
     weights = linear.weight.chunk(2)
     biases = (None, None) if linear.bias is None else linear.bias.chunk(2)
     u, v = (ops.linear(x, *half, gelu) for half in zip(weights, biases, strict=True))  # type: ignore[arg-type]
