@@ -113,3 +113,12 @@ def test_default_levels_follow_the_stages_asked_for(name, arguments, reductions)
     model = timm.create_model(name, features_only=True, **arguments)
     assert model.feature_info.reduction() == reductions
     assert [32 // y.shape[-1] for y in model(torch.randn(1, 3, 32, 32))] == reductions
+
+
+def test_strides_follow_other_patches() -> None:
+    model = shallow_model("s2mlp_nano_patch4_32", features_only=True, pyramid_channels=12)
+    model.model.set_input_size(patch_size=8)
+    assert model.feature_info.reduction() == [8, 16, 32, 64]
+    assert [64 // y.shape[-1] for y in model(torch.randn(1, 3, 64, 64))] == [8, 16, 32, 64]
+    model.model.set_input_size(patch_size=2)
+    assert model.feature_info.reduction() == [2, 4, 8, 16]

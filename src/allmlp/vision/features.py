@@ -70,16 +70,34 @@ class SimpleFeaturePyramidNet(FeatureGetterNet):
         if pyramid_channels < 1:
             raise ValueError(f"pyramid_channels must be positive, got {pyramid_channels}")
         super().__init__(model, out_indices=(-1,), output_fmt=output_fmt)
-        (channels,), (stride,) = self.feature_info.channels(), self.feature_info.reduction()
-        strides = pyramid_strides(stride)
-        taken, _ = feature_take_indices(LEVELS, out_indices)  # type: ignore[arg-type]  (tuples are taken as well)
-        self.pyramid = SimpleFeaturePyramid(channels, pyramid_channels, [stride / strides[level] for level in taken])
-        levels = [{"module": "pyramid", "num_chs": pyramid_channels, "reduction": stride} for stride in strides]
-        self.feature_info = FeatureInfo(levels, tuple(taken))
+        (channels,), (stride,) = self.of_the_map.channels(), self.of_the_map.reduction()
+        self.scales = [stride / level for level in pyramid_strides(stride)]
+        self.taken, _ = feature_take_indices(LEVELS, out_indices)  # type: ignore[arg-type]  (tuples are taken as well)
+        self.pyramid = SimpleFeaturePyramid(channels, pyramid_channels, [self.scales[level] for level in self.taken])
+        self.pyramid_channels = pyramid_channels
+
+    @property
+    def feature_info(self) -> FeatureInfo:
+        """timm's description of the levels. Their strides go with the map's, which other patches change."""
+        (stride,) = self.of_the_map.reduction()
+        levels = [
+            {"module": "pyramid", "num_chs": self.pyramid_channels, "reduction": _whole(stride / scale)}
+            for scale in self.scales
+        ]
+        return FeatureInfo(levels, tuple(self.taken))
+
+    @feature_info.setter
+    def feature_info(self, of_the_map: FeatureInfo) -> None:
+        # What timm's constructor says of the map itself.
+        self.of_the_map = of_the_map
 
     def forward(self, x: Float[Tensor, "batch chans height width"]) -> list[Float[Tensor, "batch channels _ _"]]:
         (last,) = super().forward(x)
         return self.pyramid(last)
+
+
+def _whole(number: float) -> int | float:
+    return int(number) if number.is_integer() else number
 
 
 def pyramid_strides(stride: int) -> list[int]:
