@@ -72,3 +72,9 @@ def test_a_norm_between_the_layers_is_applied() -> None:
     layer = ChannelMLP(6, 12, norm_layer=nn.LayerNorm)
     x = torch.randn(4, 6)
     torch.testing.assert_close(layer(x), layer.fc2(layer.norm(layer.act(layer.fc1(x)))))
+
+
+def test_a_hidden_layer_of_no_channel_is_refused() -> None:
+    with pytest.raises(ValueError, match="must have at least one channel, got 0"):
+        ChannelMLP(7, 0)
+    assert ChannelMLP(7).fc1.out_features == 7

@@ -69,3 +69,9 @@ def test_compiled_blocks_give_what_plain_ones_give() -> None:
     with torch.no_grad():
         # Laid out for the permuted branches, the sums came out with NaN on processors with AVX-512.
         torch.testing.assert_close(torch.compile(lambda x: blocks(x))(x), blocks(x), rtol=0, atol=0.06)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 9])
+def test_what_no_stage_follows_is_not_downsampled(stage: int) -> None:
+    with pytest.raises(ValueError, match=f"must name stages that another follows, got {stage} of 2"):
+        VisionPermutator(depths=(1, 1), embed_dims=(8, 8), segments=(4, 4), downsample_after=(stage,))

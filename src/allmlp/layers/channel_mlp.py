@@ -1,5 +1,7 @@
 """The channel MLP that every family's block has."""
 
+from typing import Any
+
 from jaxtyping import Float
 from timm.layers import Mlp
 from torch import Tensor, nn
@@ -12,7 +14,15 @@ class ChannelMLP(Mlp):
     """timm's `fc2(GELU(fc1 x))`, which keeps the hidden layer once, not before and behind the activation.
 
     Arguments as for `timm.layers.Mlp`.
+
+    Raises:
+        ValueError: if the hidden layer would have no channel, for which timm's would take `in_features`.
     """
+
+    def __init__(self, in_features: int, hidden_features: int | None = None, *arguments: Any, **settings: Any) -> None:
+        if hidden_features is not None and hidden_features < 1:
+            raise ValueError(f"the channel MLP's hidden layer must have at least one channel, got {hidden_features}")
+        super().__init__(in_features, hidden_features, *arguments, **settings)
 
     def forward(
         self, x: Float[Tensor, "*batch channels"], onto: Float[Tensor, "*batch channels"] | None = None

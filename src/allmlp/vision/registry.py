@@ -145,7 +145,8 @@ def _allowed(name: str, hint: Any, value: Any) -> str | None:
             return None if _is_number(value) and 0 <= value <= 1 else "a number from 0 to 1"
         return None if _is_number(value) and value >= 0 else "a number from 0 on"
     if hint == tuple[int, ...]:
-        return None if _are_whole(value, 0) else "whole numbers, such as (2, 2, 6, 2)"
+        fits = _are_whole(value, 1) and (value or name == "downsample_after")
+        return None if fits else "whole numbers from 1 on, such as (2, 2, 6, 2)"
     return None
 
 

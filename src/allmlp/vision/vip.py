@@ -124,6 +124,10 @@ class VisionPermutator(VisionMLP):
             raise ValueError(
                 f"depths, embed_dims and segments must name as many stages, got {depths}, {embed_dims} and {segments}"
             )
+        if strange := sorted(set(downsample_after).difference(range(1, len(depths)))):
+            raise ValueError(
+                f"downsample_after must name stages that another follows, got {strange[0]} of {len(depths)}"
+            )
         if mixing not in _MIXERS:
             raise ValueError(f"mixing must be one of {', '.join(_MIXERS)}, got {mixing!r}")
         stem = PatchEmbedding(img_size, patch_size, in_chans, embed_dims[0], kernel_size=patch_kernel, fixed_size=True)
