@@ -96,3 +96,8 @@ def test_derivatives(backend) -> None:
 def test_unknown_backend_is_refused() -> None:
     with pytest.raises(ValueError, match="'auto', 'dense' or 'fft', got 'cuda'"):
         toeplitz_product(*inputs(3, 3), backend="cuda")
+
+
+def test_placeholders_have_the_shape_of_the_product() -> None:
+    lags, v = torch.randn(2, 7, device="meta"), torch.randn(3, FFT_TOKENS, 6, device="meta")
+    assert toeplitz_product(lags, v, backend="fft").shape == v.shape

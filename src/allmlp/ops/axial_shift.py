@@ -123,7 +123,8 @@ def check_shift_size(shift_size: int) -> None:
 
 def _groups(x: Tensor, shift_size: int) -> list[tuple[int, int]]:
     """First channel of each group and the one behind its last."""
-    channels = x.shape[-1]
+    # A whole number while a graph is drawn, too: one that divides would do it in ONNX's way.
+    channels = int(x.shape[-1])
     width = -(-channels // shift_size)
     return [(start, min(start + width, channels)) for start in range(0, channels, width)]
 

@@ -104,7 +104,8 @@ class _RecomputingLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         (grad,) = grads
-        weight, bias, *inputs = ctx.saved_tensors
+        # Read once: checkpointed blocks give what they kept a single time.
+        weight, bias, *inputs = saved = ctx.saved_tensors
         of, (needs_weight, needs_bias, *needs) = _MAPS[ctx.across], ctx.needs_input_grad[2:]
         # With gradients on, gradients of these gradients are wanted: autograd then records the inputs' own graph.
         again = torch.is_grad_enabled()
@@ -112,7 +113,7 @@ class _RecomputingLinear(torch.autograd.Function):
             if again:
                 every = ctx.needs_input_grad[2:]
                 # Aliases: where one of them depends on another, that way of the gradient is not this function's.
-                own = [x.view_as(x) if need else x for x, need in zip(ctx.saved_tensors, every, strict=True)]
+                own = [x.view_as(x) if need else x for x, need in zip(saved, every, strict=True)]
                 output = recomputing_linear_reference(ctx.across, ctx.prologue, own[2:], own[0], own[1])
                 return None, None, *gradients(output, own, every, grad, create_graph=True)
             inputs = [x.detach().requires_grad_(need) for x, need in zip(inputs, needs, strict=True)]

@@ -92,7 +92,8 @@ def toeplitz_product(
         bias = lags.new_zeros(lags.shape[0], 1) if bias is None else bias
         return spatial_projection(v, toeplitz_matrix(lags, tokens), bias, causal=causal)
     if backend == "fft":
-        with torch.autocast(v.device.type, enabled=False):
+        # Autocast knows nothing of placeholders without numbers, and does nothing to them.
+        with torch.autocast("cpu" if v.is_meta else v.device.type, enabled=False):
             y = _fft_product(lags, v, causal)
             return y if bias is None else added(y, bias.repeat_interleave(v.shape[-1] // lags.shape[0]))
     raise ValueError(f"backend must be 'auto', 'dense' or 'fft', got {backend!r}")
