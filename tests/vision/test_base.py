@@ -462,3 +462,58 @@ def test_every_block_is_called_once_where_all_modules_are_watched(monkeypatch: p
     finally:
         handle.remove()
     assert seen.count(model.blocks[0]) == 1
+
+
+def test_gradients_of_gradients_of_checkpointed_blocks(name, images) -> None:
+    def run(enable):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        x = images.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        gradient.square().sum().backward()
+        return [x.grad, *(parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None)]
+
+    model = shallow_model(name)
+    for recomputed, kept in zip(run(True), run(False), strict=True):
+        torch.testing.assert_close(recomputed, kept, rtol=0, atol=0)
+
+
+class Adapted(nn.Module):
+    """As adapters wrap a layer: it has neither the layer's weight nor its sizes."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base_layer(x)
+
+
+def test_an_adapter_around_the_patch_embedding(name, images) -> None:
+    model = shallow_model(name, num_classes=3)
+    expected = model(images)
+    model.stem.proj = Adapted(model.stem.proj)
+    torch.testing.assert_close(model(images), expected, rtol=0, atol=0)
+    twin = copy.deepcopy(model)
+    twin.load_state_dict(model.state_dict())
+    twin.reset_classifier(5)
+    assert twin(images).shape == (2, 5)
+    size = model.stem.img_size
+    with pytest.raises(ValueError, match="its proj has no weight of its own"):
+        model.set_input_size(64, patch_size=2 * model.stem.patch_size[0])
+    assert model.stem.img_size == size
+    torch.testing.assert_close(model(images), expected, rtol=0, atol=0)
+    model.set_input_size(48)
+    assert model(torch.randn(1, 3, 48, 48)).shape == (1, 3)
+
+
+def test_another_module_in_place_of_the_patch_embedding(name, images) -> None:
+    model = shallow_model(name)
+    expected = model(images)
+    model.stem = Adapted(model.stem)
+    torch.testing.assert_close(model(images), expected, rtol=0, atol=0)
+    twin = copy.deepcopy(model)
+    twin.load_state_dict(model.state_dict())
+    twin.prune_intermediate_layers(1)
+    twin.reset_classifier(5, "avg")
+    assert twin(images).shape == (2, 5)

@@ -360,3 +360,14 @@ def test_what_blocks_share_they_share_at_another_size(name, depth) -> None:
     assert model.get_parameter(f"blocks.{len(model.blocks) - 1}.{SHARED[name]}") is first.get_parameter(SHARED[name])
     images = torch.randn(1, 3, 48, 64)
     torch.testing.assert_close(model(images), apart(images), rtol=0, atol=0)
+
+
+def test_a_patch_embedding_with_weight_norm_stays_as_it_was() -> None:
+    model = shallow_model("gmlp_nano_patch4_32")
+    weight_norm(model.stem.proj)
+    x = torch.randn(1, 3, 32, 32)
+    expected = model(x)
+    with pytest.raises(ValueError, match="its proj has no weight of its own"):
+        model.set_input_size(48, patch_kernel=6)
+    assert (model.stem.grid_size, model.stem.img_size) == ((8, 8), (32, 32))
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)

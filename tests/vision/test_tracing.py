@@ -2,7 +2,9 @@
 
 import copy
 import io
+import warnings
 
+import onnx
 import pytest
 import timm
 import torch
@@ -92,7 +94,10 @@ def test_symbolic_trace_with_timms_leaves(name, images) -> None:
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit.")
 def test_a_traced_model_has_gradients(name, images) -> None:
     model = shallow_model(name)
-    traced = torch.jit.trace(model, images, check_trace=False)
+    with warnings.catch_warnings():
+        # Of what a trace takes for fixed, and that it is deprecated; many still use it.
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(model, images, check_trace=False)
     out = traced(images.requires_grad_())
     torch.testing.assert_close(out, model(images))
     out.sum().backward()
@@ -101,3 +106,25 @@ def test_a_traced_model_has_gradients(name, images) -> None:
     torch.jit.save(traced, saved)
     saved.seek(0)
     torch.testing.assert_close(torch.jit.load(saved)(images), out)
+
+
+def test_traces_hold_at_other_sizes(name, images) -> None:
+    model = shallow_model(name)
+    with warnings.catch_warnings():
+        # Of what a trace takes for fixed, and that it is deprecated; many still use it.
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(model, images, check_trace=False)
+    for x in other_inputs(name):
+        torch.testing.assert_close(traced(x), model(x))
+
+
+@pytest.mark.parametrize("shift_size", [3, 5, 7])
+def test_axial_shifts_through_the_exporter_by_tracing(shift_size: int, images) -> None:
+    model = shallow_model("asmlp_nano_patch2_32", shift_size=shift_size)
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        # Likewise.
+        warnings.simplefilter("ignore")
+        torch.onnx.export(model, (images,), file, dynamo=False, input_names=["images"])
+    (out,) = ReferenceEvaluator(onnx.load_from_string(file.getvalue())).run(None, {"images": images.numpy()})
+    assert_close(torch.from_numpy(out), model(images))

@@ -115,7 +115,7 @@ def export(model: nn.Module) -> Tensors:
         block, differences = _RESMLP_BLOCK, []
     else:
         raise UserError(f"timm has no {type(model).__name__}; it has gMLP, Mixer and ResMLP.")
-    if model.stem.proj.kernel_size != model.stem.patch_size:
+    if model.stem.kernel_size != model.stem.patch_size:
         differences.append("its patches do not overlap")
     if differences:
         raise UserError(f"timm's {type(model).__name__} does not compute the same: {'; '.join(differences)}.")

@@ -41,6 +41,7 @@ class PatchEmbedding(PatchEmbed):
 
     further_stride = 1
 
+    kernel_size: tuple[int, int]
     # timm's attributes; the last two are those of models of a fixed size.
     patch_size: tuple[int, int]
     grid_size: tuple[int, int]
@@ -72,6 +73,8 @@ class PatchEmbedding(PatchEmbed):
             output_fmt="NHWC",
             strict_img_size=False,
         )
+        # Not read from `proj`, which an adapter may wrap.
+        self.kernel_size = kernel
         if kernel != patch:
             self.proj = nn.Conv2d(in_chans, channels, kernel, stride=patch)
         if norm_layer is not None:
@@ -103,22 +106,30 @@ class PatchEmbedding(PatchEmbed):
         What is None stays as it is; the kernel becomes the patch size where that is named.
 
         Raises:
-            ValueError: as for the constructor.
+            ValueError: as for the constructor; or if the weights that would change are computed from others.
         """
-        former = self.proj
+        convolution = self.proj
         patch = self.patch_size if patch_size is None else pair(patch_size, "patch_size")
-        kernel = patch if patch_size is not None else (former.kernel_size[0], former.kernel_size[1])
+        kernel = self.kernel_size if patch_size is None else patch
         kernel = kernel if kernel_size is None else pair(kernel_size, "patch_kernel")
         _check_kernel(kernel, patch)
+        changes = (kernel, patch) != (self.kernel_size, self.patch_size)
+        if changes and convolution._parameters.get("weight") is None:
+            raise ValueError(
+                "the patch embedding cannot be given other patches: its proj has no weight of its own (by weight norm, "
+                "an adapter or quantisation); take that off first, and put it on again afterwards"
+            )
         if grid := self.grid_at(img_size, patch_size):
             self.grid_size, self.num_patches = grid, grid[0] * grid[1]
             self.img_size = (grid[0] * patch[0], grid[1] * patch[1])
         elif img_size is not None:
             _check_not_too_small(pair(img_size, "img_size"), [side * self.further_stride for side in patch])
-        if kernel != former.kernel_size:
-            weight = resample_patch_embed(former.weight.detach(), list(kernel))
-            former.weight = nn.Parameter(weight, requires_grad=former.weight.requires_grad)
-        former.kernel_size, former.stride, self.patch_size = kernel, patch, patch
+        if kernel != self.kernel_size:
+            weight = resample_patch_embed(convolution.weight.detach(), list(kernel))
+            convolution.weight = nn.Parameter(weight, requires_grad=convolution.weight.requires_grad)
+        if changes:
+            convolution.kernel_size, convolution.stride = kernel, patch
+        self.kernel_size, self.patch_size = kernel, patch
 
     def forward(self, x: Float[Tensor, "batch chans height width"]) -> Float[Tensor, "batch rows columns channels"]:
         if x.ndim != 4:
@@ -133,7 +144,7 @@ class PatchEmbedding(PatchEmbed):
             if not torch.compiler.is_exporting() and not torch.jit.is_tracing():
                 _check_not_too_small(x.shape[-2:], [side * self.further_stride for side in self.patch_size])
             x = _pad_to_patches(x, self.patch_size)
-        high, wide = (kernel - patch for kernel, patch in zip(self.proj.kernel_size, self.patch_size, strict=True))
+        high, wide = (kernel - patch for kernel, patch in zip(self.kernel_size, self.patch_size, strict=True))
         if high or wide:
             x = F.pad(x, (wide // 2, wide - wide // 2, high // 2, high - high // 2), mode="replicate")
         return self.norm(_convolved(self.proj, x).permute(0, 2, 3, 1).contiguous())
@@ -201,12 +212,14 @@ def _pad_to_patches(
 ) -> Float[Tensor, "batch channels padded_height padded_width"]:
     """Zeros below and on the right, up to whole patches."""
     height, width = x.shape[2:]
-    # Written for graphs of free sizes: without a question whether it pads, whose answer would hold for some sizes, and
+    # Written for graphs of free sizes: they do not ask whether it pads, which would be answered for one size, and are
     # without a negative division, where ONNX rounds up and Python down.
     below = (height + patch_size[0] - 1) // patch_size[0] * patch_size[0] - height
     right = (width + patch_size[1] - 1) // patch_size[1] * patch_size[1] - width
     whole = below + right == 0
-    if statically_known_true(whole) if torch.compiler.is_compiling() else whole:
+    if torch.compiler.is_compiling():
+        whole = statically_known_true(whole)
+    if whole and not torch.jit.is_tracing():
         return x
     return F.pad(x, (0, right, 0, below))
 

@@ -155,7 +155,7 @@ class VisionMLP(nn.Module):
         self.num_classes = num_classes
         head = nn.Identity()
         if num_classes > 0:
-            like = self.stem.proj.weight
+            like = next(parameter for parameter in self.parameters() if parameter.is_floating_point())
             head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
             trunc_normal_(head.weight, std=0.02)
             nn.init.zeros_(head.bias)
@@ -224,7 +224,8 @@ class VisionMLP(nn.Module):
         self.blocks = self.blocks[: self.level_indices[last] + 1]
         # Later levels are gone: the last n are now among those in front.
         del self.level_indices[last + 1 :], self.feature_info[last + 1 :]
-        self.stem.further_stride = self.feature_info[last]["reduction"] // max(self.stem.patch_size)
+        if isinstance(self.stem, PatchEmbedding):
+            self.stem.further_stride = self.feature_info[last]["reduction"] // max(self.stem.patch_size)
         if prune_norm or not fits:
             self.norm = nn.Identity()
         if prune_head or not fits:

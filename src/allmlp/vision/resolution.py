@@ -8,7 +8,7 @@ from typing import Any
 from timm.layers import resample_patch_embed
 from torch import Tensor, nn
 
-from allmlp.layers import GridBound, PatchDownsampling, PatchMerging
+from allmlp.layers import GridBound, PatchDownsampling, PatchEmbedding, PatchMerging
 from allmlp.ops.resampling import Grid, guess_grid
 
 
@@ -28,7 +28,10 @@ def resample_state_dict(state_dict: dict[str, Any], model: Any, grid: Grid | Non
     """
     # Not dict(): torch hangs on what it gives the versions that layers were saved by.
     resampled = copy.copy(state_dict)
-    embedding, kernel_size = resampled.get("stem.proj.weight"), model.stem.proj.kernel_size
+    # What somebody has put in its place takes the weights it was saved with.
+    if not isinstance(model.stem, PatchEmbedding):
+        return resampled
+    embedding, kernel_size = resampled.get("stem.proj.weight"), model.stem.kernel_size
     if embedding is not None and embedding.ndim == 4 and embedding.shape[2:] != kernel_size:
         resampled["stem.proj.weight"] = resample_patch_embed(embedding, list(kernel_size))
     new_grid = model.stem.grid_size
