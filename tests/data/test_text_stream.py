@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from allmlp.data import as_is, image_sources
+from allmlp.data import PLACE, as_is, image_sources, text_stream
 from allmlp.data.sampling import IGNORED
 from allmlp.data.text import Masking
-from allmlp.data.text_stream import TokenStream, streamed_text
+from allmlp.data.text_stream import Place, TokenStream, streamed_text
 from allmlp.errors import UserError
 
 SIZES = (5, 1, 11)
@@ -117,3 +117,44 @@ def test_each_epoch_shuffles_a_shard_anew(tmp_path: Path) -> None:
         pq.write_table(pa.table({"text": list("abcdefghijklmnopqrst")}), tmp_path / f"{split}-0.parquet")
     stream = _stream(tmp_path, buffer=8)
     assert list(stream.documents(0, 1, 0)) != list(stream.documents(0, 1, 1))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_stream_goes_on_from_the_places_of_its_readers(tmp_path: Path, workers: int, masked: bool) -> None:
+    _write(tmp_path)
+    masking = Masking(share=0.3, mask_token=257, vocabulary=258) if masked else None
+
+    def batches(stream: TokenStream) -> list[dict]:
+        return list(DataLoader(stream, batch_size=None, num_workers=workers, collate_fn=as_is))
+
+    whole = batches(_stream(tmp_path, masking=masking))
+    for cut in (1, 2, 7, 11):
+        stream = _stream(tmp_path, masking=masking)
+        stream.go_on(cut, {batch[PLACE][0]: Place(*batch[PLACE]) for batch in whole[:cut]}.values())
+        rest = batches(stream)
+        assert rest[:cut] == [{}] * cut
+        for found, expected in zip(rest[cut:], whole[cut:], strict=True):
+            assert found[PLACE] == expected[PLACE]
+            assert torch.equal(found["input_ids"], expected["input_ids"])
+            assert torch.equal(found["labels"], expected["labels"])
+
+
+def test_what_was_read_is_not_made_tokens_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _write(tmp_path)
+    monkeypatch.setattr(text_stream, "_DOCUMENTS", 1)
+    counted: list[str] = []
+    real = text_stream.token_ids
+    monkeypatch.setattr(text_stream, "token_ids", lambda texts, own: counted.extend(texts) or real(texts, own))
+    whole = list(_stream(tmp_path))
+    all_of_them = len(counted)
+    counted.clear()
+    stream = _stream(tmp_path)
+    stream.go_on(10, [Place(*whole[9][PLACE])])
+    list(stream)
+    assert len(counted) < all_of_them / 3
+    # Places among other readers say nothing, and what was given is read through.
+    stream.go_on(10, [Place(0, 2, *whole[9][PLACE][2:])])
+    again = list(stream)
+    assert again[:10] == [{}] * 10
+    assert torch.equal(again[10]["input_ids"], whole[10]["input_ids"])

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 import allmlp
 from allmlp import training
 from allmlp.checkpoints import run_directory
+from allmlp.data.text_stream import Place, TokenStream
 from allmlp.data.tokenization import make_tokenizer
 from allmlp.errors import Interrupted, UserError
 from allmlp.language import GMLPForCausalLM, GMLPForMaskedLM, GMLPForSequenceClassification
@@ -312,6 +313,37 @@ def test_a_stopped_training_goes_on_where_it_was(tmp_path, monkeypatch) -> None:
         training.train(deeper, tmp_path / "parts", resume=True)
     rest = training.train(settings, tmp_path / "parts", resume=True)
     assert rest["nats_per_token"] == whole["nats_per_token"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stopped_stream_goes_on_where_it_was(workers: int, tmp_path, monkeypatch) -> None:
+    for split, first in (("train", 0), ("val", 40)):
+        texts = [f"document {first + number} of them, {'x' * (number % 7)}" for number in range(40)]
+        write_table(tmp_path / "shards" / f"{split}-0.parquet", {"text": texts})
+    settings = {"data": str(tmp_path / "shards"), "streaming": True, "max_steps": 20, "eval_every": 10}
+    settings |= {"batch_size": 2, "accumulate": 2, "workers": workers}
+    whole = training.train(recipe(tmp_path, **settings), tmp_path / "whole")
+
+    def stop_at_ten(self: Interruption, args: Any, state: Any, control: Any, **others: Any) -> None:
+        if state.global_step == 10:
+            control.should_training_stop = True
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Interruption, "on_step_end", stop_at_ten)
+        with pytest.raises(Interrupted):
+            training.train(recipe(tmp_path, **settings), tmp_path / "parts")
+    places = json.loads((tmp_path / "parts/checkpoint-10/stream_0.json").read_text())
+    assert [(reader, readers) for reader, readers, *_ in places] == [(i, max(workers, 1)) for i in range(len(places))]
+    assert len(places) == max(workers, 1)
+    given: list[list[Place]] = []
+    go_on = TokenStream.go_on
+    with monkeypatch.context() as patched:
+        patched.setattr(TokenStream, "go_on", lambda self, *how: given.append(how) or go_on(self, *how))
+        rest = training.train(recipe(tmp_path, **settings), tmp_path / "parts", resume=True)
+    assert given == [(20, [Place(*place) for place in places])]
+    assert rest["nats_per_token"] == whole["nats_per_token"]
+    former, now = (load_file(tmp_path / run / "model.safetensors") for run in ("whole", "parts"))
+    assert all(torch.equal(former[name], now[name]) for name in former)
 
 
 def test_biases_and_norms_do_not_decay(tmp_path) -> None:

@@ -63,6 +63,11 @@ def checkpoint_path(directory: str | Path, step: int) -> Path:
     return Path(directory) / f"{_PREFIX}{step}"
 
 
+def stream_places(checkpoint: Path, process: int) -> Path:
+    """Where a checkpoint says how far a process has come in the texts that it streams."""
+    return checkpoint / f"stream_{process}.json"
+
+
 def unfinished_checkpoint(directory: str | Path, step: int) -> Path:
     """Where the checkpoint of a step is written until it is complete."""
     return checkpoint_path(Path(directory) / UNFINISHED, step)

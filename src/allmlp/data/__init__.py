@@ -4,6 +4,8 @@ from typing import Any
 
 NAMES = "names"
 """What a batch calls the names of its examples: for messages, a model does not take them."""
+PLACE = "place"
+"""What a batch of a stream calls the place that its reader has come to: for going on from there."""
 
 
 def as_is(batch: Any) -> Any:

@@ -4,14 +4,16 @@ Legend of the shapes: B windows, N tokens of a window.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from allmlp.data import PLACE
 from allmlp.data.image_sources import shards_to_stream
 from allmlp.data.shards import shuffled
 from allmlp.data.text import Masking, TextData
@@ -48,8 +50,26 @@ def streamed_text(
     return TextData(tokenizer=tokenizer, train=train, validation=encode(validation, tokenizer))
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a reader stands in its documents.
+
+    Attributes:
+        reader: its number.
+        readers: how many share the documents out; among others the place says nothing.
+        document: how many documents it is through with, over all epochs.
+        token: how many tokens of the next one.
+    """
+
+    reader: int
+    readers: int
+    document: int = 0
+    token: int = 0
+
+
 class TokenStream(IterableDataset):
-    """The batches of one process, `{"input_ids": Int[B, N], "labels": Int[B, N]}`, without end but for their number.
+    """The batches of one process, `{"input_ids": Int[B, N], "labels": Int[B, N], "place": the fields of a Place}`,
+    without end but for their number.
 
     Each process and worker reads a part of the documents, none of them twice before all have been read, and cuts them
     into windows one behind the other, an end-of-text token between two. Labels are as those of `TokenWindows`.
@@ -89,25 +109,42 @@ class TokenStream(IterableDataset):
         self.texts, self.tokenizer, self.context, self.masking = texts, tokenizer, context, masking
         self.batch_size, self.batches, self.seed, self.buffer = batch_size, batches, seed, buffer
         self.process, self.processes = process, processes
+        self.skipped, self.places = 0, tuple[Place, ...]()
 
     def __len__(self) -> int:
         return self.batches
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def go_on(self, batches: int, places: Iterable[Place]) -> None:
+        """Give so many empty batches first, for a training that has had them.
+
+        Args:
+            batches: how many.
+            places: where the readers stood behind them; one without a place reads through what it does not give.
+        """
+        self.skipped, self.places = batches, tuple(places)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         reader, readers = self.process * workers + number, self.processes * workers
-        windows = self._windows(reader, readers)
-        chance = torch.Generator().manual_seed(hash((self.seed, reader)) % 2**63)
-        for _ in range(number, self.batches, workers):
-            window = torch.from_numpy(np.stack([next(windows) for _ in range(self.batch_size)]).astype(np.int64))
-            if self.masking is None:
-                labels = window[:, 1:].contiguous()
-                yield {"input_ids": window[:, :-1].contiguous(), "labels": labels, "shift_labels": labels}
-            else:
-                masked = [self.masking.apply(row, chance) for row in window[:, :-1]]
-                ids, labels = (torch.stack(rows) for rows in zip(*masked, strict=True))
-                yield {"input_ids": ids, "labels": labels}
+        known = [place for place in self.places if (place.reader, place.readers) == (reader, readers)]
+        windows = self._windows(known[0] if known else Place(reader, readers))
+        for index in range(number, self.batches, workers):
+            if index < self.skipped and known:
+                yield {}
+                continue
+            batch = self._batch(itertools.islice(windows, self.batch_size), index)
+            yield {} if index < self.skipped else batch
+
+    def _batch(self, windows: Iterable[tuple[np.ndarray, Place]], index: int) -> dict[str, Any]:
+        drawn, (*_, place) = zip(*windows, strict=True)
+        window = torch.from_numpy(np.stack(drawn).astype(np.int64))
+        ids, labels = window[:, :-1].contiguous(), window[:, 1:].contiguous()
+        if self.masking is None:
+            return {"input_ids": ids, "labels": labels, "shift_labels": labels, PLACE: astuple(place)}
+        chance = torch.Generator().manual_seed(hash((self.seed, self.process, index)) % 2**63)
+        ids, labels = map(torch.stack, zip(*(self.masking.apply(row, chance) for row in ids), strict=True))
+        return {"input_ids": ids, "labels": labels, PLACE: astuple(place)}
 
     def documents(self, reader: int, readers: int, epoch: int) -> Iterator[str]:
         """What one of several readers is given to read in an epoch.
@@ -124,17 +161,24 @@ class TokenStream(IterableDataset):
         for row in shuffled(rows, self.buffer, np.random.default_rng((self.seed, epoch, reader))):
             yield self.texts.text(row)
 
-    def _windows(self, reader: int, readers: int) -> Iterator[np.ndarray]:
-        """[N + 1] tokens each, the last of which is the first of the next one."""
+    def _windows(self, place: Place) -> Iterator[tuple[np.ndarray, Place]]:
+        """From a place on, [N + 1] tokens each, the last the first of the next window; and where that one begins."""
+        reader, readers, document, token = astuple(place)
         epochs = (self.documents(reader, readers, epoch) for epoch in itertools.count())
-        documents = itertools.chain.from_iterable(epochs)
-        held = np.empty(0, np.uint32)
+        documents = itertools.islice(itertools.chain.from_iterable(epochs), document, None)
+        held, lengths, end = np.empty(0, np.uint32), deque[int](), np.array([self.tokenizer.eos_token_id])
+        passed = token
         while True:
-            texts = list(itertools.islice(documents, _DOCUMENTS))
             parts = [held]
-            for ids in token_ids(texts, self.tokenizer):
-                parts += [ids, np.array([self.tokenizer.eos_token_id])]
-            held = np.concatenate(parts)
+            for ids in token_ids(list(itertools.islice(documents, _DOCUMENTS)), self.tokenizer):
+                parts += [ids, end]
+                lengths.append(len(ids) + 1)
+            held = np.concatenate(parts)[passed:]
+            passed = 0
             while len(held) > self.context:
-                yield held[: self.context + 1]
+                token += self.context
+                while token >= lengths[0]:
+                    token -= lengths.popleft()
+                    document += 1
+                yield held[: self.context + 1], Place(reader, readers, document, token)
                 held = held[self.context :]

@@ -23,18 +23,21 @@ from allmlp.checkpoints.training_checkpoints import (
     AVERAGED,
     STATE,
     checkpoint_path,
+    checkpoint_step,
     checkpoints_in,
     last_checkpoint,
     publish_checkpoint,
     require_readable,
     rotate_checkpoints,
+    stream_places,
     unfinished_checkpoint,
 )
-from allmlp.data import NAMES
+from allmlp.data import NAMES, PLACE
 from allmlp.data.sampling import IGNORED, ShuffledBatches
+from allmlp.data.text_stream import Place, TokenStream
 from allmlp.distributed import is_first_process, is_restarted, join_again, process_count
 from allmlp.errors import Interrupted, UserError
-from allmlp.files import write_text
+from allmlp.files import write_json, write_text
 from allmlp.training.callbacks import (
     AveragedWeights,
     DataEpoch,
@@ -87,6 +90,7 @@ class Engine(Trainer):
         self.interruption = Interruption()
         self.divergence = Divergence(output, skip=recipe.nan == "skip")
         self.batches: list[tuple[Tensor, list[str]]] = []
+        self.places: dict[int, tuple[int, ...]] = {}
         self.place = str(output)
         self.per_example = per_example
         self.progress = Progress(unit, _per_step(recipe, per_example))
@@ -110,6 +114,11 @@ class Engine(Trainer):
                 process=arguments.process_index,
                 processes=arguments.world_size,
             )
+        elif resume_from is not None and isinstance(data, TokenStream):
+            places = stream_places(resume_from, arguments.process_index)
+            if places.is_file():
+                self.places = {place[0]: place for place in json.loads(places.read_text(encoding="utf-8"))}
+            data.go_on(checkpoint_step(resume_from) * recipe.accumulate, [Place(*at) for at in self.places.values()])
         own.append(DataEpoch([part for part in (self.order, data) if hasattr(part, "set_epoch")]))
         config: Any = model.config
         caches = vars(config).get("use_cache")
@@ -219,6 +228,8 @@ class Engine(Trainer):
     def training_step(self, model: Any, inputs: dict[str, Any], *arguments: Any, **settings: Any) -> Tensor:
         """The Trainer's step on one batch, remembered until its gradient has been looked at."""
         names = inputs.pop(NAMES, [])
+        if place := inputs.pop(PLACE, None):
+            self.places[place[0]] = place
         # Processes have as many examples each, but for one.
         self.progress.count(len(inputs["labels"]) * self.per_example * self.args.world_size)
         loss = super().training_step(model, inputs, *arguments, **settings)
@@ -281,6 +292,8 @@ class Engine(Trainer):
             super()._save_checkpoint(model, trial)
             if self.averaged:
                 self.averaged.save(unfinished)
+            if self.places:
+                write_json(stream_places(unfinished, self.args.process_index), [*self.places.values()])
             if self.is_world_process_zero():
                 if best := self.state.best_global_step:
                     self.state.best_model_checkpoint = str(checkpoint_path(output, best))
