@@ -56,6 +56,16 @@ def test_its_gradient_in_float32(backend: str) -> None:
     assert ((x.grad - grad.double() * _exact_derivative(x.detach())).abs() <= 1.5e-6 * grad.abs()).all()
 
 
+def test_several_in_one_graph_of_dynamic_sizes() -> None:
+    need_to_know_the_compiler()
+    x = torch.randn(7, 5, requires_grad=True)
+    out = torch.compile(lambda x: gelu(gelu(x)), backend="aot_eager", fullgraph=True, dynamic=True)(x)
+    exact = F.gelu(F.gelu(x))
+    assert not torch.equal(out, exact)
+    torch.testing.assert_close(out, exact)
+    torch.testing.assert_close(torch.autograd.grad(out.sum(), x), torch.autograd.grad(exact.sum(), x))
+
+
 def test_the_polynomial_is_as_close_as_it_says() -> None:
     x = torch.linspace(-14, 14, 100_001, dtype=torch.float64)
     t = x.abs()

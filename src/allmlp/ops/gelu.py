@@ -1,6 +1,6 @@
 """The GELU (arXiv 1606.08415), and the form of it that a compiler makes the most of on a CPU."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -63,18 +63,20 @@ def _by_tail(x: Tensor) -> Tensor:
     t = x.abs()
     # A power: of a product of p with itself the compiler writes p out for each factor, and takes minutes over it.
     # |x| is halved in front of the division, which then gives no subnormal numbers.
-    return F.relu(x) - 0.5 * t / _polynomial(_ROOT, t).pow(16)
+    return F.relu(x) - 0.5 * t / _polynomial(_root(), t).pow(16)
 
 
 def _derivative(x: Tensor) -> Tensor:
     """`Φ(x) + x Φ′(x)`: of a negative `x` the derivative of the tail's part, `(p − 16 t p′) / (2 p¹⁷)`."""
-    t = x.abs().clamp(max=_NOTHING_LEFT)
-    p = _polynomial(_ROOT, t)
-    below = 0.5 * (p - t * _polynomial(_ROOT_SLOPE, t)) / p.pow(17)
+    # Φ(−12) is nothing beside 1, and the powers of p are still numbers.
+    t = x.abs().clamp(max=12.0)
+    root = _root()
+    p, slope = _polynomial(root, t), [16 * power * coefficient for power, coefficient in enumerate(root)][1:]
+    below = 0.5 * (p - t * _polynomial(slope, t)) / p.pow(17)
     return torch.where(x > 0, 1 - below, below)
 
 
-def _polynomial(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
+def _polynomial(coefficients: Sequence[float], x: Tensor) -> Tensor:
     """By Horner's rule, lowest power first."""
     *lower, highest = coefficients
     y = x * highest + lower[-1]
@@ -83,19 +85,21 @@ def _polynomial(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
     return y
 
 
+def _root() -> tuple[float, ...]:
+    """Of `p(t)`, the sixteenth root of 1 / (2 Φ(−t)), the coefficients, lowest power first."""
+    # No global numbers: compiled with dynamic=True these are symbols, which no two calls of a function of autograd in
+    # one graph can share.
+    return (
+        1.0,
+        0.04986793587812,
+        0.02113631439028,
+        0.003288965461642,
+        2.771207290634e-05,
+        5.087498421709e-05,
+        7.450044328981e-06,
+        -1.128487321913e-06,
+        1.586796252236e-07,
+    )
+
+
 _COMPUTED_IN_FLOAT32 = {torch.float32, torch.bfloat16, torch.float16}
-# Of t, lowest power first: the sixteenth root of 1 / (2 Φ(−t)), and sixteen times its derivative.
-_ROOT = (
-    1.0,
-    0.04986793587812,
-    0.02113631439028,
-    0.003288965461642,
-    2.771207290634e-05,
-    5.087498421709e-05,
-    7.450044328981e-06,
-    -1.128487321913e-06,
-    1.586796252236e-07,
-)
-_ROOT_SLOPE = tuple(16 * power * coefficient for power, coefficient in enumerate(_ROOT))[1:]
-# Φ(−t) is nothing beside 1 here, and the powers of p are still numbers.
-_NOTHING_LEFT = 12.0
