@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
@@ -203,6 +204,55 @@ def test_in_inference_the_last_product_is_added_to(name: str, monkeypatch: pytes
             residual(x, BRANCHES[name]().eval(), x, DropPath(0.5).eval())
     (onto,) = found
     assert onto.data_ptr() == x.data_ptr()
+
+
+class _Quantised(Tensor):
+    """A weight that plain linear layers hold, as torchao's are: their product is all it knows to compute."""
+
+    numbers: Tensor
+
+    @staticmethod
+    def __new__(cls, weight: Tensor) -> "_Quantised":
+        return Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype)
+
+    def __init__(self, weight: Tensor) -> None:
+        self.numbers = (weight.detach() * 10).round().to(torch.int8)
+
+    def dequantised(self, dtype: torch.dtype) -> Tensor:
+        return self.numbers.to(dtype) / 10
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is not F.linear:
+            return super().__torch_function__(function, types, args, kwargs)
+        x, weight, *bias = args
+        return F.linear(x, weight.dequantised(x.dtype), *bias)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        assert function is torch.ops.aten.detach.default, f"{function} of a quantised weight"
+        return args[0]
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("name", [*BRANCHES, "gmlp"])
+def test_layers_with_a_quantised_weight_are_called(name: str, grad: bool) -> None:
+    quantised = GMLPBlock(8, 12, 16) if name == "gmlp" else BRANCHES[name]()
+    quantised.eval()
+    plain, linears = copy.deepcopy(quantised), 0
+    for layer, same in zip(quantised.modules(), plain.modules(), strict=True):
+        if type(layer) is nn.Linear:
+            weight = _Quantised(layer.weight)
+            layer.weight = nn.Parameter(weight, requires_grad=False)
+            same.weight = nn.Parameter(weight.dequantised(torch.float32), requires_grad=False)
+            linears += 1
+    assert linears >= 2
+    x = torch.randn(2, 3, 4, 8, requires_grad=grad)
+    with torch.set_grad_enabled(grad):
+        outs = [branch(x) for branch in (quantised, plain)]
+    torch.testing.assert_close(*outs)
+    if grad:
+        torch.testing.assert_close(*(torch.autograd.grad(out.sum(), x) for out in outs))
 
 
 @pytest.mark.parametrize("watched", ["branch", "drop_path", "last"])

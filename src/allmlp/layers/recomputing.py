@@ -7,6 +7,7 @@ from typing import TypeGuard, TypeVar
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from allmlp import ops
@@ -20,14 +21,16 @@ Branch = TypeVar("Branch", bound=nn.Module)
 _ADD_ONTO: set[type[nn.Module]] = set()
 _ACROSS: dict[type[nn.Module], Across] = {nn.Linear: "channels", TokenLinear: "tokens"}
 _RATES: dict[type[nn.Module], str] = {nn.Dropout: "p", DropPath: "drop_prob"}
+# Under a function transform parameters are plain tensors, in an exporter's trace stand-ins for them.
+_WEIGHTS: set[type[Tensor]] = {nn.Parameter, Tensor, FakeTensor}
 _ELEMENTWISE = {nn.GELU, nn.ReLU, nn.SiLU, nn.Mish, nn.Sigmoid, nn.Tanh}
 
 
 def linear_after(linear: nn.Module, prologue: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """`linear(prologue(*inputs))`, keeping `inputs` for backward in place of what `prologue` makes of them.
 
-    A layer in the place of `linear` that is no plain `nn.Linear` or `TokenLinear` (an adapter, a quantised one), or
-    whose calls a hook watches, is called as it is.
+    A layer in the place of `linear` that is no plain `nn.Linear` or `TokenLinear` (an adapter, a quantised one, a plain
+    one with a quantised weight), or whose calls a hook watches, is called as it is.
 
     Args:
         linear: the layer.
@@ -35,7 +38,7 @@ def linear_after(linear: nn.Module, prologue: Callable[..., Tensor], *inputs: Te
         inputs: what `prologue` is given.
     """
     across = _ACROSS.get(type(linear))
-    if across is None or is_watched(linear) or not all(isinstance(x, Tensor) for x in inputs):
+    if across is None or not _is_readable(linear) or not all(isinstance(x, Tensor) for x in inputs):
         return mapped(linear, prologue(*inputs))
     if not is_plain_training(*inputs, linear.weight, linear.bias):  # type: ignore[arg-type]
         return mapped(linear, prologue(*inputs))
@@ -148,9 +151,14 @@ def linear_act_linear(fc1: nn.Module, act: nn.Module, fc2: nn.Module, x: Tensor)
 def is_plain_linear(linear: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
     """Whether nobody notices if an operator reads the parameters of `linear` and computes what `linear` would of `x`.
 
-    It is an `nn.Linear` and no adapter or quantised layer, no hook watches it, and `x` is no placeholder of a trace.
+    It is an `nn.Linear` and no adapter or quantised layer, its weight is a plain tensor and no quantised or sharded one
+    of a class of its own, no hook watches it, and `x` is no placeholder of a trace.
     """
-    return type(linear) is nn.Linear and not is_watched(linear) and isinstance(x, Tensor)
+    return type(linear) is nn.Linear and _is_readable(linear) and isinstance(x, Tensor)
+
+
+def _is_readable(linear: nn.Module) -> bool:
+    return type(linear.weight) in _WEIGHTS and not is_watched(linear)
 
 
 def is_idle(drop: nn.Module) -> bool:
