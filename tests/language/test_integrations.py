@@ -18,7 +18,12 @@ from transformers import (
     pipeline,
 )
 
-from allmlp.language import GMLPForCausalLM, GMLPForMaskedLM, GMLPForSequenceClassification
+from allmlp.language import (
+    GMLPForCausalLM,
+    GMLPForMaskedLM,
+    GMLPForSequenceClassification,
+    GMLPForTokenClassification,
+)
 from tests.language.tiny import CONTEXT, OPTIONS, VOCABULARY, tiny_model, tokens
 from tests.tolerances import assert_close
 
@@ -83,6 +88,36 @@ def test_trainer_learns_and_its_checkpoint_loads(kind, tmp_path) -> None:
     loaded = kind.from_pretrained(tmp_path).eval()
     ids = tokens(1, 5)
     assert_close(loaded(ids).logits, model.eval()(ids).logits.double())
+
+
+@pytest.mark.parametrize(
+    ("kind", "problem", "labels"),
+    [
+        (GMLPForSequenceClassification, "single_label_classification", lambda i: i % 3),
+        (GMLPForSequenceClassification, "multi_label_classification", lambda i: [1.0, 0.0, float(i % 2)]),
+        (GMLPForSequenceClassification, "regression", lambda i: [float(i), 1.0, -0.5]),
+        (GMLPForTokenClassification, None, lambda i: [0, 2, 1, *([1] if i < 4 else [-100])]),
+    ],
+    ids=["classes", "several-labels", "regression", "tokens"],
+)
+def test_a_step_is_the_same_whether_gradients_are_accumulated(kind, problem, labels, tmp_path) -> None:
+    rows = [{"input_ids": tokens(4), "labels": torch.tensor(labels(i))} for i in range(7)]
+    found = []
+    for batch, steps in ((7, 1), (2, 4)):
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path), per_device_train_batch_size=batch, gradient_accumulation_steps=steps, max_steps=1,
+            learning_rate=1.0, lr_scheduler_type="constant", optim="sgd", max_grad_norm=0, logging_steps=1,
+            report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True,
+        )  # fmt: skip
+        model = tiny_model(kind, num_labels=3, problem_type=problem)
+        before = model.score.weight.detach().clone()
+        trainer = Trainer(model=model, args=arguments, train_dataset=rows)
+        trainer.train()
+        assert not torch.allclose(model.score.weight, before)
+        found.append((trainer.state.log_history[0]["loss"], torch.cat([p.flatten() for p in model.parameters()])))
+    (loss, whole), (accumulated_loss, accumulated) = found
+    assert loss == pytest.approx(accumulated_loss, rel=1e-4)
+    torch.testing.assert_close(accumulated, whole, rtol=1e-4, atol=1e-5)
 
 
 # PEFT asks transformers for this under its former name.

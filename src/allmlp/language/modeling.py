@@ -13,16 +13,13 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
-from transformers.modeling_layers import (
-    GenericForQuestionAnswering,
-    GenericForTokenClassification,
-    GradientCheckpointingLayer,
-)
+from transformers.modeling_layers import GenericForQuestionAnswering, GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
     MaskedLMOutput,
     SequenceClassifierOutput,
+    TokenClassifierOutput,
 )
 from transformers.utils import can_return_tuple
 
@@ -417,6 +414,10 @@ class GMLPForSequenceClassification(GMLPPreTrainedModel):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config, **kwargs)
+            items = kwargs.get("num_items_in_batch")
+            if items is not None and self.config.problem_type != "single_label_classification":
+                # Of targets transformers' loss is the mean, whatever it is told: a batch's share of the items is due.
+                loss = loss * (labels.numel() / torch.as_tensor(items, device=loss.device))
         return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
     def _pooled(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -433,8 +434,44 @@ class GMLPForSequenceClassification(GMLPPreTrainedModel):
         return hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
 
 
-class GMLPForTokenClassification(GenericForTokenClassification, GMLPPreTrainedModel):
-    """A class for each token; transformers' own head."""
+class GMLPForTokenClassification(GMLPPreTrainedModel):
+    """A class for each token."""
+
+    def __init__(self, config: GMLPConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels or 2
+        self.model = GMLPModel(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.score = nn.Linear(config.hidden_size, self.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch tokens"] | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Float[Tensor, "batch tokens channels"] | None = None,
+        labels: Int[Tensor, "batch tokens"] | None = None,
+        output_hidden_states: bool | None = None,
+        visibility_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> TokenClassifierOutput:
+        """Score each token; the arguments are those of `GMLPModel.forward`, and `labels` one class a token or −100."""
+        outputs = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            output_hidden_states=output_hidden_states,
+            visibility_mask=visibility_mask,
+            position_ids=kwargs.get("position_ids"),
+            return_dict=True,
+        )
+        logits = self.score(self.dropout(outputs.last_hidden_state))
+        loss = None
+        if labels is not None:
+            # transformers' own head keeps the number of items, by which the Trainer wants it divided, from its loss.
+            loss = self.loss_function(logits=logits, labels=labels, config=self.config, **kwargs)
+        return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
 
 class GMLPForQuestionAnswering(GenericForQuestionAnswering, GMLPPreTrainedModel):
