@@ -2,7 +2,13 @@ import pytest
 import torch
 
 from allmlp.errors import UserError
-from allmlp.language import GMLPCache, GMLPForCausalLM
+from allmlp.language import (
+    GMLPCache,
+    GMLPForCausalLM,
+    GMLPForQuestionAnswering,
+    GMLPForSequenceClassification,
+    GMLPForTokenClassification,
+)
 from allmlp.language.cache import CACHE
 from tests.language.tiny import CONTEXT, OPTIONS, TOEPLITZ, tiny_config, tiny_model, tokens
 from tests.tolerances import assert_close
@@ -198,6 +204,17 @@ def test_training_returns_no_cache() -> None:
     assert getattr(model(ids), CACHE).get_seq_length() == 4
     model.config.use_cache = False
     assert getattr(model(ids), CACHE) is None
+
+
+@pytest.mark.parametrize(
+    "kind", [GMLPForSequenceClassification, GMLPForTokenClassification, GMLPForQuestionAnswering, GMLPForCausalLM]
+)
+def test_heads_that_decode_nothing_fill_no_cache(kind, monkeypatch) -> None:
+    begun, begin = [], GMLPCache.begin
+    monkeypatch.setattr(GMLPCache, "begin", lambda cache, *given: begun.append(cache) or begin(cache, *given))
+    with torch.no_grad():
+        tiny_model(kind, is_decoder=True)(tokens(1, 4))
+    assert bool(begun) == (kind is GMLPForCausalLM)
 
 
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])

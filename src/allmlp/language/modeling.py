@@ -18,6 +18,7 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
     MaskedLMOutput,
+    QuestionAnsweringModelOutput,
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
@@ -463,6 +464,7 @@ class GMLPForTokenClassification(GMLPPreTrainedModel):
             inputs_embeds=inputs_embeds,
             output_hidden_states=output_hidden_states,
             visibility_mask=visibility_mask,
+            use_cache=False,
             position_ids=kwargs.get("position_ids"),
             return_dict=True,
         )
@@ -476,6 +478,25 @@ class GMLPForTokenClassification(GMLPPreTrainedModel):
 
 class GMLPForQuestionAnswering(GenericForQuestionAnswering, GMLPPreTrainedModel):
     """Start and end of an answer in the text; transformers' own head."""
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch tokens"] | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Float[Tensor, "batch tokens channels"] | None = None,
+        start_positions: Int[Tensor, " batch"] | None = None,
+        end_positions: Int[Tensor, " batch"] | None = None,
+        **kwargs: Any,
+    ) -> QuestionAnsweringModelOutput:
+        """Score each token as start and end; `GMLPModel.forward`'s arguments, and where the answers start and end."""
+        return super().forward(
+            input_ids,
+            attention_mask,
+            inputs_embeds=inputs_embeds,
+            start_positions=start_positions,
+            end_positions=end_positions,
+            **{**kwargs, "use_cache": False},
+        )
 
 
 def _directed(config: GMLPConfig, *, causal: bool) -> GMLPConfig:
