@@ -1,3 +1,6 @@
+import contextlib
+import copy
+
 import pytest
 import torch
 
@@ -204,6 +207,30 @@ def test_training_returns_no_cache() -> None:
     assert getattr(model(ids), CACHE).get_seq_length() == 4
     model.config.use_cache = False
     assert getattr(model(ids), CACHE) is None
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_takes_no_cache(reentrant) -> None:
+    model, ids = tiny_model(GMLPForCausalLM, tiny_attention_size=4, token_shift=1).train(), tokens(2, 8)
+    filled = decode(model, ids, [5])[1]
+    expected = model(ids)
+    expected.logits.sum().backward()
+    gradient = model.model.layers[0].proj_in.weight.grad.clone()
+    model.zero_grad()
+    # By its name since transformers 5.23, or before.
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": reentrant})
+    for given in ({"use_cache": True}, {"cache": GMLPCache(model.config)}):
+        out = model(ids, **given)
+        assert getattr(out, CACHE) is None
+        assert_close(out.logits, expected.logits.double())
+        out.logits.sum().backward()
+        assert_close(model.model.layers[0].proj_in.weight.grad, gradient.double())
+        model.zero_grad()
+    with pytest.raises(UserError, match="holds 5 tokens, and training with gradient checkpointing takes none"):
+        model(ids[:, 5:], cache=filled)
+    for without_gradients in (torch.no_grad(), contextlib.nullcontext(model.eval())):
+        with without_gradients:
+            assert_close(model(ids[:, 5:], cache=copy.deepcopy(filled)).logits, expected.logits[:, 5:].double())
 
 
 @pytest.mark.parametrize(

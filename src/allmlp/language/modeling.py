@@ -161,7 +161,8 @@ class GMLPModel(GMLPPreTrainedModel):
                 rows are computed as if it were not there. Three or four axes are read as `visibility_mask`.
             inputs_embeds: embeddings in place of `input_ids`.
             cache: the cache of the tokens before these; it is extended.
-            use_cache: return the cache; by default as configured, for causal models outside of training.
+            use_cache: return the cache; by default as configured, for causal models outside of training. Training with
+                gradient checkpointing there is none, asked for or given.
             output_hidden_states: return the embedding and each block's output too.
             visibility_mask: [tokens, tokens] or [batch, tokens, tokens], true where a token reads another. It replaces
                 causality: a prefix language model's mask lets a causal model read its prefix in both directions.
@@ -171,7 +172,7 @@ class GMLPModel(GMLPPreTrainedModel):
 
         Raises:
             UserError: if the input is no batch, there are no tokens, more than the context takes, or ids outside the
-                vocabulary, or a mask or `position_ids` do not fit.
+                vocabulary, a mask or `position_ids` do not fit, or gradient checkpointing meets a cache with tokens.
         """
         refuse_packing(kwargs.get("position_ids"), attention_mask)
         hidden = self._embed(input_ids, inputs_embeds)
@@ -182,9 +183,7 @@ class GMLPModel(GMLPPreTrainedModel):
         batch, tokens = hidden.shape[:2]
         if tokens == 0:
             raise UserError("the input is empty: at least one token is needed")
-        past = given_cache(cache, past_key_values)
-        if past is None and self._wants_cache(use_cache):
-            past = GMLPCache(self.config)
+        past = self._past(given_cache(cache, past_key_values), use_cache)
         start = past.longest if past else 0
         self._check_length(start + tokens)
         real, mask = read_masks(attention_mask, visibility_mask, batch, tokens, start)
@@ -258,6 +257,19 @@ class GMLPModel(GMLPPreTrainedModel):
                 f"absolute position. {beyond if self.config.is_decoder else 'Cut longer texts (truncation=True); '}"
                 "models with spatial_weight='toeplitz' have no limit."
             )
+
+    def _past(self, given: GMLPCache | None, use_cache: bool | None) -> GMLPCache | None:
+        """The cache that is extended: the given one, a new one where one is wanted, None for none."""
+        wanted = given is not None or self._wants_cache(use_cache)
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            # Backward runs the blocks again, which would keep their tokens twice.
+            if given is not None and given.longest:
+                raise UserError(
+                    f"the cache holds {given.longest} tokens, and training with gradient checkpointing takes none: "
+                    "give no cache, or call model.eval() or model.gradient_checkpointing_disable()"
+                )
+            return None
+        return GMLPCache(self.config) if wanted and given is None else given
 
     def _wants_cache(self, use_cache: bool | None) -> bool:
         if not self.config.is_decoder:
