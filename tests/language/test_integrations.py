@@ -1,17 +1,22 @@
 """gMLP language models where their users meet them: transformers, PEFT, compilers, 16-bit arithmetic."""
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.utils import send_to_device
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     DataCollatorForLanguageModeling,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
@@ -19,12 +24,13 @@ from transformers import (
 )
 
 from allmlp.language import (
+    GMLPCache,
     GMLPForCausalLM,
     GMLPForMaskedLM,
     GMLPForSequenceClassification,
     GMLPForTokenClassification,
 )
-from tests.language.tiny import CONTEXT, OPTIONS, VOCABULARY, tiny_model, tokens
+from tests.language.tiny import CONTEXT, OPTIONS, VOCABULARY, tiny_config, tiny_model, tokens
 from tests.tolerances import assert_close
 
 each_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
@@ -148,6 +154,55 @@ def test_lora_on_the_projections(tmp_path) -> None:
     assert torch.equal(again.generate(input_ids=ids[:, :4], max_new_tokens=5, do_sample=False), expected)
     merged = again.merge_and_unload()
     assert_close(merged(ids).logits, model(ids).logits.double())
+
+
+def spread(model: PreTrainedModel) -> None:
+    """Lay a model out over two accelerators, as a `device_map` does; under fake tensors, so that it takes none."""
+    parts = dict.fromkeys([model, model.model.norm, model.model.layers[1]], "cuda:1")
+    parts |= dict.fromkeys([model.model.embed_tokens, model.model.layers[0]], "cuda:0")
+    for part, device in parts.items():
+        for module in part.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(torch.empty(parameter.shape, device=device)))
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(partial(_moved, skipped=model._skip_keys_device_placement), with_kwargs=True)
+
+
+def _moved(layer: nn.Module, args: tuple, kwargs: dict, skipped: list[str]) -> tuple[tuple, dict]:
+    to = partial(send_to_device, device=layer.norm.weight.device)
+    return to(args), {name: value if name in skipped else to(value) for name, value in kwargs.items()}
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("options", [{}, {"tiny_attention_size": 4, "token_shift": 1}], ids=["gmlp", "amlp"])
+@pytest.mark.parametrize(
+    ("kind", "causal"),
+    [
+        (GMLPForCausalLM, True),
+        (GMLPForMaskedLM, False),
+        (GMLPForSequenceClassification, True),
+        (GMLPForSequenceClassification, False),
+    ],
+    ids=["causal", "masked", "causal-classes", "classes"],
+)
+def test_models_lie_on_two_devices(kind, causal, options, monkeypatch) -> None:
+    model = kind(tiny_config(**options, num_hidden_layers=2, is_decoder=causal)).eval()
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        spread(model)
+        ids = torch.zeros(2, 5, dtype=torch.long, device="cuda:0")
+        for mask in (None, torch.ones_like(ids), torch.ones(2, 5, 5, dtype=torch.bool, device="cuda:0")):
+            logits = model(ids, attention_mask=mask).logits
+            assert str(logits.device) == "cuda:1"
+        if kind is GMLPForCausalLM:
+            assert model(ids, logits_to_keep=ids[0, :2]).logits.shape[1] == 2
+            cache = GMLPCache(model.config)
+            for n in (4, 1):
+                seen = torch.ones(2, cache.longest + n, dtype=torch.long, device="cuda:0")
+                assert str(model(ids[:, :n], attention_mask=seen, cache=cache).logits.device) == "cuda:1"
+            cache.reorder_cache(ids[:, 0])
+            monkeypatch.setattr(cache, "_shortest", lambda: cache.longest)  # which fake tensors know no number of
+            cache.crop(-1)
+            assert [str(layer.buffers["gate"].device) for layer in cache.kept] == ["cuda:0", "cuda:1"]
 
 
 @pytest.mark.usefixtures("unchecked")

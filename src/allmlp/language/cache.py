@@ -134,7 +134,7 @@ class GMLPCache(Cache):
             self.lengths = self.lengths + tokens_to_remove
             places = torch.arange(self.base, self.base + self.capacity, device=self.lengths.device)
             gone = (places >= self.lengths.unsqueeze(-1)).unsqueeze(-1)
-            self._each_buffer(lambda kept: kept.masked_fill(gone[:, : kept.shape[1]], 0))
+            self._each_buffer(lambda kept: kept.masked_fill(gone[:, : kept.shape[1]].to(kept.device), 0))
 
     def batch_select_indices(self, indices: Int[Tensor, " rows"]) -> None:
         """Keep the rows of these indices, in this order."""
@@ -194,27 +194,32 @@ class GMLPCacheLayer:
 
     @property
     def positions(self) -> Int[Tensor, "batch new"] | None:
-        return self.cache.positions
+        return self._here(self.cache.positions)
 
     @property
     def visible(self) -> Bool[Tensor, "*rows new read"] | None:
-        return self.cache.visible
+        return self._here(self.cache.visible)
 
     def append(self, name: str, x: Float[Tensor, "batch new channels"]) -> Float[Tensor, "batch read channels"]:
         """Keep the new places' `x`, zero where there is no token; returns it behind that of the earlier tokens."""
         cache = self.cache
         x = x.detach()
         if cache.real is not None:
-            x = x * cache.real.unsqueeze(-1)
+            x = x * cache.real.to(x.device).unsqueeze(-1)
         kept = self.buffers.get(name)
         if kept is None or kept.shape[1] < cache.capacity:
             kept = self.buffers[name] = _resized(x[:, :0] if kept is None else kept, cache.capacity)
-        if cache.positions is None:
+        positions = self.positions
+        if positions is None:
             kept[:, cache.start - cache.base : cache.end - cache.base] = x
         else:
             rows = torch.arange(x.shape[0], device=x.device).unsqueeze(-1)
-            kept[rows, cache.positions - cache.base] = x
+            kept[rows, positions - cache.base] = x
         return kept[:, cache.first - cache.base : cache.end - cache.base]
+
+    def _here(self, x: Tensor | None) -> Tensor | None:
+        """On the device of this layer, which a `device_map` may have put elsewhere than the first one."""
+        return x if x is None else x.to(next(iter(self.buffers.values())).device)
 
 
 def given_cache(cache: GMLPCache | None, past_key_values: GMLPCache | None) -> GMLPCache | None:

@@ -24,8 +24,8 @@ def left_alignment(
 def reordered(
     x: Float[Tensor, "batch tokens channels"], order: Int[Tensor, "batch tokens"]
 ) -> Float[Tensor, "batch tokens channels"]:
-    """Each row's tokens in another order."""
-    return x.gather(1, order.unsqueeze(-1).expand_as(x))
+    """Each row's tokens in another order; it may lie on another device than they."""
+    return x.gather(1, order.to(x.device).unsqueeze(-1).expand_as(x))
 
 
 def reordered_mask(
@@ -40,8 +40,7 @@ def reordered_mask(
 def read_masks(
     attention_mask: Tensor | None,
     visibility_mask: Tensor | None,
-    batch: int,
-    tokens: int,
+    x: Float[Tensor, "batch tokens channels"],
     start: int,
 ) -> tuple[Bool[Tensor, "batch tokens"] | None, Bool[Tensor, "*rows tokens tokens"] | None]:
     """Sort out what the caller masks.
@@ -50,16 +49,16 @@ def read_masks(
         attention_mask: 1 for tokens and 0 for padding, [batch, start + tokens] (the earlier tokens' part is ignored);
             or, as in transformers, a visibility mask of shape [batch, tokens, tokens] or [batch, 1, tokens, tokens].
         visibility_mask: which token reads which, [tokens, tokens] or [batch, tokens, tokens].
-        batch: rows.
-        tokens: new tokens of each row.
+        x: the new tokens.
         start: tokens in the cache.
 
     Returns:
-        Where the new tokens are real (None: all), and the visibility mask (None: the model's own).
+        Where the new tokens are real (None: all), and the visibility mask (None: the model's own), on their device.
 
     Raises:
         UserError: if a mask has another shape, or is made of floating point numbers where 0 would be ambiguous.
     """
+    batch, tokens = x.shape[:2]
     if attention_mask is not None and attention_mask.dim() > 2:
         if visibility_mask is not None:
             raise UserError("give one visibility mask, as visibility_mask or as an attention_mask of 3 or 4 axes")
@@ -71,7 +70,7 @@ def read_masks(
                 f"attention_mask must be of shape [{batch}, {start + tokens}] (cached and new tokens), got "
                 f"{list(attention_mask.shape)}; who reads whom, [{tokens}, {tokens}], goes to visibility_mask"
             )
-        attention_mask = attention_mask[:, start:].bool()
+        attention_mask = attention_mask[:, start:].to(x.device, torch.bool)
     if visibility_mask is not None:
         if start:
             raise UserError("a visibility mask belongs to the first tokens: later ones read all that came before")
@@ -82,7 +81,7 @@ def read_masks(
                 f"a visibility mask must be of shape [{tokens}, {tokens}] or [{batch}, {tokens}, {tokens}], "
                 f"got {list(visibility_mask.shape)}"
             )
-        visibility_mask = visibility_mask.bool()
+        visibility_mask = visibility_mask.to(x.device, torch.bool)
     return attention_mask, visibility_mask
 
 

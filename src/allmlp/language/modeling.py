@@ -186,7 +186,7 @@ class GMLPModel(GMLPPreTrainedModel):
         past = self._past(given_cache(cache, past_key_values), use_cache)
         start = past.longest if past else 0
         self._check_length(start + tokens)
-        real, mask = read_masks(attention_mask, visibility_mask, batch, tokens, start)
+        real, mask = read_masks(attention_mask, visibility_mask, hidden, start)
         undo = None
         if real is not None:
             order, undo = left_alignment(real)
@@ -338,8 +338,10 @@ class GMLPForCausalLM(GMLPPreTrainedModel, GMLPGenerationMixin):
             position_ids=kwargs.get("position_ids"),
             return_dict=True,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = mapped(self.lm_head, outputs.last_hidden_state[:, kept])
+        hidden = outputs.last_hidden_state
+        whole = isinstance(logits_to_keep, int)
+        kept = slice(-logits_to_keep, None) if whole else logits_to_keep.to(hidden.device)
+        logits = mapped(self.lm_head, hidden[:, kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -437,6 +439,7 @@ class GMLPForSequenceClassification(GMLPPreTrainedModel):
         # One of more axes says who reads whom, not what is real.
         if attention_mask is None or attention_mask.dim() > 2:
             return hidden[:, -1] if self.config.is_decoder else hidden.mean(1)
+        attention_mask = attention_mask.to(hidden.device)
         real = attention_mask.to(hidden.dtype)
         if not self.config.is_decoder:
             # A long text's sum, and the number of its tokens, need not fit into 16 bits.
