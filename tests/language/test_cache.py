@@ -99,6 +99,35 @@ def test_streaming_takes_no_more_memory_than_the_reach() -> None:
     assert cache.base > 400
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_no_more_is_kept_of_a_long_prompt(padded) -> None:
+    model = tiny_model(GMLPForCausalLM, spatial_weight="toeplitz", tiny_attention_size=4, token_shift=2)
+    ids, mask = tokens(2, 1004), torch.ones(2, 1004)
+    if padded:
+        mask[0, :60] = 0
+    given = mask if padded else None
+    for layer in decode(model, ids[:, :900], [900], None if given is None else given[:, :900])[1].kept:
+        assert {kept.shape[1] for kept in layer.buffers.values()} == {2 * (CONTEXT + 128)}
+    logits, cache = decode(model, ids, [900, *of(26, 104)], given)
+    cache.crop(-100)
+    with torch.no_grad():
+        again = model(ids[:, 904:], attention_mask=given, cache=cache).logits
+    for b in range(2):
+        real = mask[b].bool()
+        expected = whole(model, ids[b : b + 1, real])[0].double()
+        assert_close(logits[b, real], expected)
+        assert_close(again[b], expected[-100:])
+
+
+def test_a_short_row_keeps_what_it_reads_of_a_long_prompt() -> None:
+    model, ids = tiny_model(GMLPForCausalLM, spatial_weight="toeplitz", tiny_attention_size=4), tokens(2, 600)
+    mask = torch.ones(2, 600)
+    mask[0, :560] = 0
+    logits = decode(model, ids, [590, *of(1, 10)], mask)[0]
+    assert_close(logits[0, 560:], whole(model, ids[:1, 560:])[0].double())
+    assert_close(logits[1], whole(model, ids[1:])[0].double())
+
+
 def test_memory_is_allocated_once() -> None:
     model, ids = tiny_model(GMLPForCausalLM), tokens(1, CONTEXT)
     cache = GMLPCache(model.config, CONTEXT)

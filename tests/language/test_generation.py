@@ -93,6 +93,16 @@ def test_assisted_decoding_gives_the_same_text() -> None:
         assert torch.equal(model.generate(prompt, **wanted), alone)
 
 
+def test_drafts_behind_a_prompt_that_is_not_kept() -> None:
+    model = tiny_model(GMLPForCausalLM, spatial_weight="toeplitz")
+    ids = tokens(1, 7).repeat(1, 60)
+    cache = GMLPCache(model.config)
+    expected = greedy(model, ids, 12)
+    assert torch.equal(model.generate(ids, max_new_tokens=12, do_sample=False, cache=cache), expected)
+    assert cache.base > 0
+    assert torch.equal(model.generate(ids, max_new_tokens=12, do_sample=False, prompt_lookup_num_tokens=5), expected)
+
+
 class Collected(BaseStreamer):
     def __init__(self) -> None:
         self.parts: list[torch.Tensor] = []

@@ -29,7 +29,7 @@ class GMLPCache(Cache):
 
     Memory: intermediate_size / 2 + 2·tiny_attention_size numbers (with token shift also hidden_size) for each layer
     and token, allocated once for `max_length` tokens, or by doubling where that is not known. Toeplitz models forget
-    what is beyond their reach, however long they stream.
+    what is beyond their reach, of a long prompt too and however long they stream.
 
     Args:
         config: the model's configuration.
@@ -106,7 +106,7 @@ class GMLPCache(Cache):
             # What inference mode has made may not be written to outside of it.
             self._each_buffer(torch.clone)
         if self.streams and self.end - self.base > max(self.window, self.capacity):
-            drop = self._shortest() - self.reach - _MARGIN - self.base
+            drop = self._shortest_read() - self.reach - _MARGIN - self.base
             if drop > 0:
                 self.capacity = max(self.window, self.end - self.base - drop)
                 self._each_buffer(lambda kept: _resized(kept[:, drop : self.start - self.base], self.capacity))
@@ -114,6 +114,12 @@ class GMLPCache(Cache):
         places = self.end - self.base
         if places > self.capacity:
             self.capacity = min(2 * places, max(places, self.window)) if self.start else places
+
+    def _shortest_read(self) -> int:
+        """Tokens of the shortest row when the cache is next read; the first tokens read one another without it."""
+        if self.start:
+            return self._shortest()
+        return self.new if self.real is None else int(self.real.sum(-1).min())
 
     def _shortest(self) -> int:
         return self.longest if self.lengths is None else int(self.lengths.min())
@@ -211,7 +217,9 @@ class GMLPCacheLayer:
             kept = self.buffers[name] = _resized(x[:, :0] if kept is None else kept, cache.capacity)
         positions = self.positions
         if positions is None:
-            kept[:, cache.start - cache.base : cache.end - cache.base] = x
+            # Of a long prompt, what is out of reach behind it is not kept.
+            first = max(cache.start, cache.base)
+            kept[:, first - cache.base : cache.end - cache.base] = x[:, first - cache.start :]
         else:
             rows = torch.arange(x.shape[0], device=x.device).unsqueeze(-1)
             kept[rows, positions - cache.base] = x
