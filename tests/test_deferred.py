@@ -1,11 +1,13 @@
 """Imports that wait: neither too early, nor forgotten."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import allmlp
 from allmlp.deferred import import_after
 
 FILES = {
@@ -62,6 +64,33 @@ def test_an_import_that_fails_is_left_to_fail_and_the_next_counts() -> None:
     import host.outer  # noqa: F401
 
     assert "follower" in sys.modules
+
+
+MODELS_OF_BOTH = """
+import timm
+assert timm.create_model("gmlp_nano_patch4_32").num_classes == 10
+from transformers import AutoConfig
+assert AutoConfig.for_model("gmlp").model_type == "gmlp"
+"""
+
+
+@pytest.mark.parametrize("first", ["import allmlp", "import timm, allmlp"])
+def test_both_libraries_know_the_models_in_a_program_of_a_package(first: str, tmp_path: Path) -> None:
+    """As by `python -m project.train`, which imports the package before the program has its name."""
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "__init__.py").write_text(first)
+    (tmp_path / "project" / "train.py").write_text(MODELS_OF_BOTH)
+    command = [sys.executable, "-W", "ignore", "-m", "project.train"]
+    path = os.pathsep.join([str(tmp_path), str(Path(allmlp.__file__).parents[1])])
+    environment = {**os.environ, "PYTHONPATH": path}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert result.returncode == 0, result.stderr
+
+
+def test_neither_library_is_loaded_before_it_is_needed() -> None:
+    code = "import sys, allmlp, allmlp.cli; print({'torch', 'timm', 'transformers'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
+    assert result.stdout == "set()\n"
 
 
 def test_transformers_knows_the_language_models_whatever_is_imported_first() -> None:

@@ -1,11 +1,9 @@
 """Every all-MLP architecture: vision models are timm models, language models are transformers models.
 
-Importing this package registers them with both libraries, with transformers when its Auto classes are imported.
+Importing this package registers them with timm when that is imported, with transformers when its Auto classes are.
 """
 
-import sys
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from allmlp._version import __version__
@@ -32,15 +30,9 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _is_command_line() -> bool:
-    """Whether this process is the `allmlp` command or `python -m allmlp`, for which argv[0] is "-m" at this point."""
-    return bool(sys.argv) and (sys.argv[0] == "-m" or Path(sys.argv[0]).stem == "allmlp")
-
-
-# The command line answers --help before it loads torch; its commands import the rooms they need.
-if not _is_command_line():
-    import_module("allmlp.vision")
-    # What the language models are made of takes a second to load, which those who only see need not wait for.
-    import_after("transformers.models.auto.configuration_auto", "allmlp.language")
+# Neither library is loaded before somebody needs it: `allmlp --help` answers at once, and those who only see need not
+# wait a second for what the language models are made of.
+import_after("timm.models", "allmlp.vision")
+import_after("transformers.models.auto.configuration_auto", "allmlp.language")
 
 __all__ = ["__version__", *_LAZY]

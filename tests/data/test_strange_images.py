@@ -93,7 +93,6 @@ def test_an_image_is_not_resized_without_bound() -> None:
 # Prints by how much decoding each file raised the process's highest resident memory, in bytes.
 _MEASURE = """
 import json, sys
-files, sys.argv = sys.argv[1:], ["allmlp"]
 from pathlib import Path
 import numpy as np
 from allmlp.data.labelled_images import UnreadableImage, decode
@@ -103,7 +102,7 @@ def resident(field):
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 raised = {}
-for file in files:
+for file in sys.argv[1:]:
     Path("/proc/self/clear_refs").write_text("5")  # the highest is the present one again
     before = resident("VmRSS")
     try:
