@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import allmlp
@@ -240,6 +241,24 @@ class TestRunDirectory:
         with pytest.raises(UserError, match="holds a run already"):
             write_run_directory(found, tmp_path / "run")
         write_run_directory(found, tmp_path / "run", overwrite=True)
+
+    def test_weights_alone_are_not_replaced_unasked(self, tmp_path) -> None:
+        weights = tmp_path / "model.safetensors"
+        weights.write_bytes(b"a user's own")
+        found = parity.golden(GOLDEN / "timm_gmlp").convert()
+        with pytest.raises(UserError, match=r"holds a run already: model\.safetensors\. Choose another --output"):
+            write_run_directory(found, tmp_path)
+        assert weights.read_bytes() == b"a user's own"
+        assert list(tmp_path.iterdir()) == [weights]
+
+    def test_averages_of_a_former_run_are_not_loaded_for_the_new_one(self, tmp_path) -> None:
+        found = parity.golden(GOLDEN / "timm_gmlp").convert()
+        write_run_directory(found, tmp_path)
+        former = load_file(tmp_path / "model.safetensors")
+        save_file({name: tensor + 1 for name, tensor in former.items()}, tmp_path / "ema.safetensors")
+        assert torch.equal(allmlp.load(tmp_path).head.weight, former["head.weight"] + 1)
+        write_run_directory(found, tmp_path, overwrite=True)
+        assert torch.equal(allmlp.load(tmp_path).head.weight, former["head.weight"])
 
     @pytest.mark.parametrize("former", ["checkpoint-7", "recipe.yaml"])
     def test_a_training_that_has_not_ended_is_a_run(self, tmp_path, former: str) -> None:

@@ -160,23 +160,30 @@ def test_removing_a_run_leaves_what_is_not_its_own(saved: tuple[Path, torch.nn.M
     run, _ = saved
     for folder in ("checkpoint-3", "checkpoint-best", "report", "tensorboard"):
         (run / folder).mkdir()
-    beside = ("tokenizer.json", "special_tokens_map.json", "model-00001-of-00002.safetensors")
+    beside = ("tokenizer.json", "special_tokens_map.json", "model-00001-of-00002.safetensors", "ema.safetensors")
     for file in ("recipe.yaml", "metrics.json", "nan.jsonl", *beside, "mine.txt"):
         (run / file).touch()
     run_directory.remove(run_directory.former_run(run), keep=["config.json"])
     assert sorted(path.name for path in run.iterdir()) == ["checkpoint-best", "config.json", "mine.txt"]
 
 
-def test_a_configuration_a_recipe_or_a_checkpoint_makes_a_run(tmp_path: Path) -> None:
-    for name in ("report", "model.safetensors", "tokenizer.json", "checkpoint-best"):
-        (tmp_path / name).mkdir()
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("config.json", "recipe.yaml", "checkpoint-7", "model.safetensors", "ema.safetensors"),
+        *("model.safetensors.index.json", "model-00002-of-00002.safetensors"),
+    ],
+)
+def test_a_model_or_a_recipe_makes_a_run(name: str, tmp_path: Path) -> None:
+    for other in ("report", "metrics.json", "tokenizer.json", "checkpoint-best", "other.safetensors"):
+        (tmp_path / other).mkdir()
     assert run_directory.former_run(tmp_path) == []
     assert run_directory.former_run(tmp_path / "none") == []
-    for name in ("config.json", "recipe.yaml", "checkpoint-7"):
-        (tmp_path / name).mkdir()
-        found = {path.name for path in run_directory.former_run(tmp_path)}
-        assert found == {name, "report", "model.safetensors", "tokenizer.json"}
-        (tmp_path / name).rmdir()
+    (tmp_path / name).mkdir()
+    found = {path.name for path in run_directory.former_run(tmp_path)}
+    assert found == {name, "report", "metrics.json", "tokenizer.json"}
+    lost = [path.name for path in run_directory.models_in(tmp_path)]
+    assert lost == ([] if name == "recipe.yaml" else [name])
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:

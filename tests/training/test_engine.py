@@ -53,8 +53,11 @@ def test_precision_is_bf16_only_where_the_processor_computes_in_it(monkeypatch: 
 def test_a_run_directory_in_use_is_not_touched_without_being_asked(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"holds a run already.*--resume.*--overwrite"):
-        training.train(VisionRecipe(data="no/such/data"), tmp_path)
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "model.safetensors").write_text("mine")
+    for place, names in ((tmp_path, "config.json"), (tmp_path / "weights", "model.safetensors")):
+        with pytest.raises(UserError, match=rf"holds a run already: {names}\. .*--resume.*--overwrite"):
+            training.train(VisionRecipe(data="no/such/data"), place)
     for place in (tmp_path, tmp_path / "runs" / "new"):
         with pytest.raises(UserError, match=r"lies in the data, .*, and would become part of it: choose another"):
             training.train(VisionRecipe(data=str(tmp_path)), place, overwrite=True)

@@ -28,7 +28,7 @@ from allmlp.checkpoints.fitting import check_shapes, load_weights, widest
 from allmlp.checkpoints.layout import Layout, Tensors
 from allmlp.checkpoints.reading import read_checkpoint
 from allmlp.checkpoints.unwrapping import check_weights, unwrap
-from allmlp.errors import UserError, first_line, nearest, shown
+from allmlp.errors import UserError, first_line, listed, nearest, shown
 
 LAYOUTS: tuple[Layout, ...] = (
     *timm.LAYOUTS,
@@ -214,8 +214,12 @@ def write_run_directory(
             written, and a former one is still there.
     """
     directory, model, architecture = Path(directory), conversion.model, conversion.architecture
-    if run_directory.former_run(directory) and not overwrite:
-        raise UserError(f"{directory} holds a run already. Choose another --output, or replace it (--overwrite).")
+    former = run_directory.former_run(directory)
+    if former and not overwrite:
+        there = listed([path.name for path in former])
+        raise UserError(
+            f"{directory} holds a run already: {there}. Choose another --output, or replace it (--overwrite)."
+        )
     if isinstance(architecture, LanguageArchitecture):
         if classes:
             raise UserError("This is a language model: it has no classes to be named.")

@@ -36,10 +36,14 @@ _LANGUAGE_TASKS = {
     "GMLPForMaskedLM": "fill-mask",
     "GMLPForSequenceClassification": "text-classification",
 }
-# What transformers may write beside, in patterns: weights in parts, an image processor, a tokenizer.
+# What holds a model, in patterns: its description, its weights, whole or in parts, and their averages.
+_MODEL = (CONFIG, WEIGHTS, WEIGHTS + INDEX, "model-*-of-*.safetensors", AVERAGED)
+# What a run may have beside: what training writes, and transformers' image processor or tokenizer.
 _BESIDE = (
-    "model-*-of-*.safetensors",
-    "model.safetensors.index.json",
+    METRICS,
+    FAULTS,
+    REPORT,
+    EVENTS,
     "generation_config.json",
     "preprocessor_config.json",
     "tokenizer.json",
@@ -325,17 +329,22 @@ def _class_names(config: Mapping[str, Any]) -> list[str]:
     return list(config.get("label_names") or (config.get("id2label") or {}).values())
 
 
+def models_in(directory: str | Path) -> list[Path]:
+    """What holds a model in a directory, files and checkpoints: whoever replaces them loses it."""
+    return [*checkpoints_in(directory), *_matching(directory, _MODEL)]
+
+
 def former_run(directory: str | Path) -> list[Path]:
     """What a run has left in its directory, files and folders; nothing where there is no run.
 
-    A configuration, a recipe or a checkpoint makes it one: a folder `report` alone may be anybody's.
+    A model, be it weights alone, or a recipe makes it one: a folder `report` alone may be anybody's.
     """
-    directory = Path(directory)
-    checkpoints = checkpoints_in(directory)
-    own = [path for name in (CONFIG, WEIGHTS, RECIPE, METRICS, FAULTS, REPORT, EVENTS) for path in directory.glob(name)]
-    if not checkpoints and not {CONFIG, RECIPE} & {path.name for path in own}:
-        return []
-    return [*checkpoints, *own, *(path for pattern in _BESIDE for path in directory.glob(pattern))]
+    own = [*models_in(directory), *_matching(directory, [RECIPE])]
+    return own and [*own, *_matching(directory, _BESIDE)]
+
+
+def _matching(directory: str | Path, patterns: Iterable[str]) -> list[Path]:
+    return [path for pattern in patterns for path in Path(directory).glob(pattern)]
 
 
 def remove(paths: Iterable[Path], keep: Container[str] = ()) -> None:

@@ -24,7 +24,6 @@ from allmlp.checkpoints.training_checkpoints import (
     STATE,
     checkpoint_path,
     checkpoint_step,
-    checkpoints_in,
     last_checkpoint,
     publish_checkpoint,
     require_readable,
@@ -36,7 +35,7 @@ from allmlp.data import NAMES, PLACE
 from allmlp.data.sampling import IGNORED, ShuffledBatches
 from allmlp.data.text_stream import Place, TokenStream
 from allmlp.distributed import is_first_process, is_restarted, join_again, process_count
-from allmlp.errors import Interrupted, UserError
+from allmlp.errors import Interrupted, UserError, listed
 from allmlp.files import write_json, write_text
 from allmlp.training.callbacks import (
     AveragedWeights,
@@ -381,11 +380,11 @@ def refuse_output(output: Path, recipe: Recipe, *, resume: bool, overwrite: bool
     if data is not None and data.is_dir() and output.resolve().is_relative_to(data.resolve()):
         raise UserError(f"{output} lies in the data, {data}, and would become part of it: choose another --output.")
     # A recipe alone is what a training leaves that ended before its first checkpoint: nothing is lost with it.
-    former = [*checkpoints_in(output), *output.glob(run_directory.CONFIG)]
+    former = run_directory.models_in(output)
     if former and not (resume or is_restarted() or overwrite):
         raise UserError(
-            f"{output} holds a run already. Choose another --output, go on with it (--resume), "
-            "or replace it (--overwrite)."
+            f"{output} holds a run already: {listed([path.name for path in former])}. Choose another --output, go on "
+            "with it (--resume), or replace it (--overwrite)."
         )
 
 
