@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file, save_file
 
 from allmlp.checkpoints import run_directory
 from allmlp.checkpoints.conversion import convert_checkpoint, write_run_directory
@@ -52,6 +53,18 @@ def test_of_its_own_data_the_held_out_part_counts(run: Path) -> None:
         }
         assert found["loss"] == pytest.approx(metrics["loss"], rel=1e-5)
     assert "accuracy 100.00%" in evaluation.accuracy_text(found)
+
+
+def test_a_checkpoint_in_double_precision_is_measured_in_it(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "double", ignore=shutil.ignore_patterns("checkpoint-*"))
+    weights = {name: tensor.double() for name, tensor in load_file(run / "model.safetensors").items()}
+    save_file(weights, tmp_path / "double" / "model.safetensors")
+    double, single = (evaluate(str(place), metrics_data(run)) for place in (tmp_path / "double", run))
+    assert double["accuracy"] == single["accuracy"] == 1.0
+    assert double["loss"] == pytest.approx(single["loss"], rel=1e-4)
+    file = str(next((run / "report" / "samples").glob("red_*.png")))
+    (found,) = predict(str(tmp_path / "double"), [file], top_k=1)
+    assert found["predictions"][0]["label"] == "red"
 
 
 def test_a_run_is_measured_at_another_size(run: Path) -> None:

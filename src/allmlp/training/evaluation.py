@@ -36,7 +36,7 @@ def logits_of(
     """A model's logits for labelled images, in float32 and in eval mode.
 
     Args:
-        model: a classifier; it stays on its device.
+        model: a classifier; it stays on its device, and computes in its own dtype.
         batches: the images.
         batch_size: images per forward pass.
         workers: processes that prepare them.
@@ -44,12 +44,12 @@ def logits_of(
     Returns:
         The logits, on the CPU, and the labels of the images that could be read.
     """
-    device = next(model.parameters()).device
+    weight = next(model.parameters())
     loader = DataLoader(batches, batch_size=batch_size, num_workers=workers, collate_fn=as_is)
     training = model.training
     model.eval()
     results = [
-        (model(batch["pixel_values"].to(device)).float().cpu(), batch["labels"])
+        (model(batch["pixel_values"].to(weight)).float().cpu(), batch["labels"])
         for batch in tqdm(loader, desc="evaluating", unit=" batches", leave=False, disable=None, delay=1)
     ]
     model.train(training)
