@@ -284,6 +284,26 @@ class TestRunDirectory:
         write_run_directory(parity.golden(GOLDEN / "timm_gmlp").convert(), tmp_path / "run", overwrite=True)
         assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.json", "model.safetensors"]
 
+    @pytest.mark.parametrize("causal", [True, False])
+    def test_a_model_ends_texts_as_its_tokenizer_does(self, causal: bool, tmp_path) -> None:
+        weights = originals.lucidrains_language(causal=causal, num_tokens=258).model.state_dict()
+        tokenizer = make_tokenizer("bytes", [])
+        end = tokenizer.eos_token_id
+        assert end is not None
+        found = convert_state_dict(weights, facts={**FACTS, "causal": causal})
+        write_run_directory(found, tmp_path / "run", tokenizer=tokenizer)
+        for file in ["config.json", *(["generation_config.json"] if causal else [])]:
+            written = json.loads((tmp_path / "run" / file).read_text())
+            assert (written["pad_token_id"], written["eos_token_id"]) == (end, end), file
+        model = allmlp.load(tmp_path / "run")
+        assert model.config.eos_token_id == end
+        if causal:
+            with torch.no_grad():
+                # From now on it says nothing else.
+                model.lm_head.bias[end] += 1e4
+            written = model.generate(torch.tensor([list(b"ab")]), max_new_tokens=5, do_sample=False)
+            assert written.tolist() == [[*b"ab", end]]
+
     @pytest.mark.parametrize("name", ["timm_gmlp", "lucidrains_causal_lm"])
     def test_without_room_the_former_run_stays(self, tmp_path, monkeypatch, name) -> None:
         found = parity.golden(GOLDEN / name).convert()

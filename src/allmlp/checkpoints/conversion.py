@@ -206,7 +206,7 @@ def write_run_directory(
         conversion: what `convert_checkpoint` gives.
         directory: where to.
         classes: the names of an image model's classes; numbers where they are not known.
-        tokenizer: a language model's tokenizer, to be put beside it.
+        tokenizer: a language model's tokenizer, to be put beside it; it says which tokens begin and end a text.
         overwrite: replace a run that lies there.
 
     Raises:
@@ -223,6 +223,8 @@ def write_run_directory(
     if isinstance(architecture, LanguageArchitecture):
         if classes:
             raise UserError("This is a language model: it has no classes to be named.")
+        if tokenizer is not None:
+            _end_texts_as(tokenizer, model)
         _replace(directory, lambda: run_directory.save_language(directory, model, tokenizer))
         return
     names = classes or conversion.classes or [str(index) for index in range(architecture.num_classes)]
@@ -236,6 +238,16 @@ def write_run_directory(
         _log.warning("more than one class is called %s", ", ".join(repeated[:8]))
     wrapped = run_directory.classifier(model, architecture.name, architecture.model_args, names)
     _replace(directory, lambda: run_directory.save_classifier(wrapped, directory))
+
+
+def _end_texts_as(tokenizer: Any, model: Any) -> None:
+    """Have a language model begin, end and fill up texts with its tokenizer's tokens, which no checkpoint stores."""
+    from allmlp.language.configuration import said_by
+
+    # One that does not write has no configuration of it.
+    for config in filter(None, (model.config, getattr(model, "generation_config", None))):
+        for name, token in said_by(tokenizer).items():
+            setattr(config, name, token)
 
 
 def _replace(directory: Path, save: Callable[[], Container[str]]) -> None:

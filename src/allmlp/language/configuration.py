@@ -124,6 +124,14 @@ class GMLPConfig(PreTrainedConfig):
 
 MODEL_FIELDS = tuple(GMLPConfig.__annotations__)
 """What says how a model is made, in the order of the class; `PreTrainedConfig` has further fields."""
+OF_THE_TOKENIZER = ("pad_token_id", "bos_token_id", "eos_token_id")
+"""Those that the tokenizer says: what fills up, begins and ends a text. The vocabulary may be larger than its own."""
+
+
+def said_by(tokenizer: Any) -> dict[str, int | None]:
+    """The fields `OF_THE_TOKENIZER` of a model with this tokenizer of transformers."""
+    return {name: getattr(tokenizer, name) for name in OF_THE_TOKENIZER}
+
 
 # For laptops: dense weights, the tokenizer's vocabulary.
 _NANO = {"num_hidden_layers": 8, "hidden_size": 128, "intermediate_size": 512, "max_position_embeddings": 64}

@@ -22,7 +22,7 @@ from allmlp.data.tokenization import BYTES, Tokens, fitting_tokenizer, make_toke
 from allmlp.distributed import process_count, process_index
 from allmlp.errors import UserError, nearest, shown
 from allmlp.language import GMLPConfig, GMLPForCausalLM, GMLPForMaskedLM, GMLPForSequenceClassification
-from allmlp.language.configuration import MODEL_FIELDS
+from allmlp.language.configuration import MODEL_FIELDS, OF_THE_TOKENIZER, said_by
 from allmlp.machine import surroundings
 from allmlp.training import language_report
 from allmlp.training.callbacks import TensorBoard
@@ -261,10 +261,6 @@ def _train_classifier(
     return _finish(output, metrics, report)
 
 
-# The vocabulary's size may be larger.
-_OF_THE_TOKENIZER = ("pad_token_id", "bos_token_id", "eos_token_id")
-
-
 def planned_config(recipe: LanguageRecipe, start: Any, tokenizer: Any, classes: tuple[str, ...] = ()) -> GMLPConfig:
     """The configuration of the model to train.
 
@@ -278,9 +274,9 @@ def planned_config(recipe: LanguageRecipe, start: Any, tokenizer: Any, classes: 
         UserError: if there is no such model, or it cannot be made so.
     """
     changes: dict[str, Any] = dict(recipe.model_args)
-    known = [name for name in MODEL_FIELDS if name not in _OF_THE_TOKENIZER]
+    known = [name for name in MODEL_FIELDS if name not in OF_THE_TOKENIZER]
     for name in changes:
-        if name in _OF_THE_TOKENIZER:
+        if name in OF_THE_TOKENIZER:
             raise UserError(f"model_args sets {name}: that is what the tokenizer says.")
         # A configuration would keep it, and the model not read it.
         if name not in known:
@@ -289,7 +285,7 @@ def planned_config(recipe: LanguageRecipe, start: Any, tokenizer: Any, classes: 
         changes["hidden_dropout"] = recipe.dropout
     if recipe.survival is not None:
         changes["survival_probability"] = recipe.survival
-    changes |= {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    changes |= said_by(tokenizer)
     if classes:
         changes |= {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
     try:
