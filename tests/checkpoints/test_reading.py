@@ -161,6 +161,11 @@ class TestNothingIsRun:
         with pytest.raises(UserError, match="its tensors claim more data than it holds"):
             read_checkpoint(path)
 
+    def test_the_numbers_of_a_tensor_may_look_like_anything(self, path: Path) -> None:
+        numbers = torch.frombuffer(bytearray(b"c__builtin__\nbytearray\nJ"), dtype=torch.uint8)
+        torch.save({"a": numbers}, path)
+        assert torch.equal(read_checkpoint(path)["a"], numbers)
+
     @pytest.mark.parametrize("numbers", [7, 2**20, 2**30])
     def test_a_tensor_cannot_reach_beyond_its_file(self, path: Path, numbers: int) -> None:
         torch.save({"a": torch.arange(6.0)}, path)
