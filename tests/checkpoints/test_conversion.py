@@ -25,6 +25,16 @@ CASES = [path.parent.name for path in sorted(GOLDEN.glob("*/case.json"))]
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_no_weights_are_drawn_to_be_replaced(name: str) -> None:
+    case = parity.golden(GOLDEN / name)
+    before = torch.get_rng_state()
+    found = case.convert()
+    assert torch.equal(torch.get_rng_state(), before)
+    found.architecture.build()
+    assert not torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_a_recorded_original_is_matched(name: str) -> None:
     case = parity.golden(GOLDEN / name)
     found, deviations = parity.deviations(case)

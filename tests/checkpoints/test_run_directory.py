@@ -18,9 +18,10 @@ from allmlp.data.labelled_texts import LabelledTexts, TextBatches
 from allmlp.data.tokenization import make_tokenizer
 from allmlp.errors import UserError
 from allmlp.files import UNFINISHED
-from allmlp.language import GMLPForCausalLM
+from allmlp.language import GMLPForCausalLM, GMLPModel
 from tests.language.tiny import tiny_config
 from tests.pictures import picture
+from tests.vision.nano import NANO
 
 ARGUMENTS = {"img_size": 8, "patch_size": 4, "num_blocks": 2, "embed_dim": 16}
 CLASSES = ["cat", "dog", "wolf"]
@@ -47,6 +48,32 @@ def test_files_of_a_run_are_readable_to_whom_new_files_are(saved: tuple[Path, to
     run_directory.save_language(tmp_path / "text", GMLPForCausalLM(tiny_config()))
     for path in (*saved[0].iterdir(), *(tmp_path / "text").iterdir()):
         assert path.stat().st_mode == (tmp_path / "new").stat().st_mode, path
+
+
+@pytest.mark.parametrize("name", [*NANO, "gmlp", "gmlp, tied"])
+@pytest.mark.parametrize("backbone", [False, True])
+def test_loading_draws_no_weights_to_be_replaced(name: str, backbone: bool, tmp_path: Path) -> None:
+    if name in NANO:
+        arguments: dict[str, Any] = {"features_only": True} if backbone else {"num_classes": 3}
+        model: Any = timm.create_model(name, **arguments).eval()
+        arguments.pop("num_classes", None)
+        wrapped = run_directory.classifier(model, name, arguments, [] if backbone else CLASSES)
+        run_directory.save_classifier(wrapped, tmp_path)
+        x = torch.randn(1, 3, 32, 32)
+    else:
+        kind = GMLPModel if backbone else GMLPForCausalLM
+        model = kind(tiny_config(tie_word_embeddings="tied" in name)).eval()
+        run_directory.save_language(tmp_path, model)
+        x = torch.randint(5, (2, 4))
+    before = torch.get_rng_state()
+    loaded: Any = allmlp.load(tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
+    with torch.no_grad():
+        found, expected = (made(x) for made in (loaded, model))
+    if name not in NANO:
+        found, expected = found[0], expected[0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_transformers_timm_and_allmlp_load_the_same_model(saved: tuple[Path, torch.nn.Module]) -> None:

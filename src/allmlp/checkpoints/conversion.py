@@ -24,7 +24,7 @@ from allmlp.checkpoints import (
     vip,
 )
 from allmlp.checkpoints.architecture import Architecture, LanguageArchitecture
-from allmlp.checkpoints.fitting import check_shapes, load_weights, widest
+from allmlp.checkpoints.fitting import check_shapes, with_weights
 from allmlp.checkpoints.layout import Layout, Tensors
 from allmlp.checkpoints.reading import read_checkpoint
 from allmlp.checkpoints.unwrapping import check_weights, unwrap
@@ -153,8 +153,7 @@ def convert_state_dict(
         blank = architecture.build()
     weights = _fit(renamed, blank)
     check_shapes(blank, {name: list(tensor.shape) for name, tensor in weights.items()}, where)
-    model = architecture.build().to(widest(renamed))
-    load_weights(model, weights, where)
+    model = with_weights(blank, architecture.build, weights, where)
     assumed = [
         f"{fact.name} is not stored; {fact.assumed.format(model=model)} is assumed."
         for fact in layout.facts

@@ -1,11 +1,40 @@
 """Whether weights fit a model."""
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from allmlp.errors import UserError, listed
+
+
+def with_weights(
+    blank: nn.Module, build: Callable[[], nn.Module], state: Mapping[str, Tensor], where: str
+) -> nn.Module:
+    """A model with weights, all of them and no others, in the dtype that holds them.
+
+    Args:
+        blank: the model on the meta device, where it takes no memory; it may be the one that is filled.
+        build: makes it with fresh weights. It is asked only where a model is made of more than its weights: drawing
+            numbers for them takes several times as long as reading those that replace them.
+        state: the weights.
+        where: what they are from.
+
+    Raises:
+        UserError: as `load_weights`.
+    """
+    dtype = widest(state)
+    model = blank.to(dtype).to_empty(device="cpu") if _is_its_weights(blank) else build().to(dtype)
+    load_weights(model, state, where)
+    return model
+
+
+def _is_its_weights(model: nn.Module) -> bool:
+    """Whether all tensors of a model stand in its state dict, each under one name."""
+    kept = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
+    names = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    beside = (value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor))
+    return len(names) == len(kept) and all(id(tensor) in kept for _, tensor in names) and next(beside, None) is None
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from allmlp.checkpoints import description
-from allmlp.checkpoints.fitting import check_shapes, load_weights, widest
+from allmlp.checkpoints.fitting import check_shapes, with_weights
 from allmlp.checkpoints.reading import INDEX, parts_of
 from allmlp.checkpoints.timm_models import TimmModel, create_model, require_architecture
 from allmlp.checkpoints.training_checkpoints import AVERAGED, checkpoints_in, last_checkpoint
@@ -294,10 +294,8 @@ def load_classifier(directory: str | Path, config: Mapping[str, Any]) -> TimmMod
     except UserError as error:
         raise UserError(f"The image classifier in {directory} cannot be loaded: {error}") from error
     check_shapes(blank, shapes, str(directory))
-    state = _state(weights)
-    model = build().to(widest(state))
+    model: TimmModel = with_weights(blank, build, _state(weights), str(directory))
     model.pretrained_cfg = {**cfg, "label_names": config.get("label_names")}
-    load_weights(model, state, str(directory))
     return model.eval()
 
 
