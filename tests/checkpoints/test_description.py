@@ -67,6 +67,30 @@ def test_what_a_configuration_has_transformers_load_is_left_out(language: Path) 
     torch.testing.assert_close(allmlp.load(language).state_dict(), before, rtol=0, atol=0)
 
 
+# PEFT asks transformers for this under its former name.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_an_adapter_is_applied_where_it_is_asked_for_alone(language: Path) -> None:
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    ids = torch.tensor([[1, 2, 3]])
+    before = allmlp.load(language)(ids).logits
+    settings = LoraConfig(r=2, target_modules=["proj_in"], init_lora_weights=False)
+    adapted = get_peft_model(allmlp.load(language), settings).eval()
+    expected = adapted(ids).logits
+    assert not torch.allclose(expected, before)
+    # As a stranger may send it.
+    adapted.save_pretrained(language)
+    with pytest.raises(UserError, match=rf"{language} holds an adapter .*\(adapter_config\.json\).*PeftModel"):
+        allmlp.load(language)
+    apart = language / "adapter"
+    apart.mkdir()
+    for path in list(language.glob("adapter_*")):
+        path.rename(apart / path.name)
+    assert torch.equal(allmlp.load(language)(ids).logits, before)
+    asked_for = PeftModel.from_pretrained(allmlp.load(language), str(apart)).eval()
+    assert torch.equal(asked_for(ids).logits, expected)
+
+
 def test_weights_that_are_no_safetensors_are_not_looked_for(language: Path) -> None:
     (language / "model.safetensors").rename(language / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"model\.safetensors cannot be read"):

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+from transformers.utils import ADAPTER_CONFIG_NAME
 
 from allmlp.checkpoints import description
 from allmlp.checkpoints.fitting import check_shapes, with_weights
@@ -209,8 +210,8 @@ def load(
         patch_kernel: pixels that a patch sees there; the model's own where None.
 
     Raises:
-        UserError: if it is no run directory, its architecture is unknown, config and weights do not match, or the model
-            cannot take images of that size.
+        UserError: if it is no run directory, its architecture is unknown, config and weights do not match, an adapter
+            lies beside a language model, or the model cannot take images of that size.
     """
     config = read_config(source)
     if config["model_type"] == LANGUAGE:
@@ -242,6 +243,7 @@ def load_language(directory: str | Path, config: Mapping[str, Any]) -> Any:
     from allmlp import language
 
     description.check_language(config, Path(directory) / CONFIG)
+    _require_no_adapter(directory)
     names = [name for name in config.get("architectures") or [] if name in language.__all__]
     kind: Any = getattr(language, names[0]) if names else language.GMLPModel
     weights = _weights(directory)
@@ -271,6 +273,20 @@ def load_language(directory: str | Path, config: Mapping[str, Any]) -> Any:
         # Tied weights stand in it once.
         model.load_state_dict(_state(weights), strict=False)
     return model.eval()
+
+
+def _require_no_adapter(directory: str | Path) -> None:
+    """Check that transformers would load the model that lies in a directory, and nothing on top or in its place.
+
+    Raises:
+        UserError: if PEFT's adapter lies there, whose configuration may name any model.
+    """
+    if (Path(directory) / ADAPTER_CONFIG_NAME).is_file():
+        raise UserError(
+            f"{directory} holds an adapter beside its model ({ADAPTER_CONFIG_NAME}), and none is applied unasked. Put "
+            "the adapter's files into a folder of their own, and load it on the model by PEFT: "
+            f"PeftModel.from_pretrained(allmlp.load({str(directory)!r}), FOLDER)."
+        )
 
 
 def load_classifier(directory: str | Path, config: Mapping[str, Any]) -> TimmModel:
