@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import allmlp
 from allmlp import cli, training
+from allmlp.checkpoints import conversion
 from allmlp.cli import main
 from allmlp.errors import Diverged, Interrupted, TrainingError
 from allmlp.training import evaluation
@@ -242,6 +243,26 @@ class TestConvert:
             main([command, "x.pth", "--output", ""])
         assert left.value.code == 2
         assert "--output: must name a directory" in capsys.readouterr().err
+
+    def test_an_output_is_refused_before_anything_is_read(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def read(path: object) -> Any:
+            raise AssertionError("the checkpoint is read")
+
+        monkeypatch.setattr(conversion, "read_checkpoint", read)
+        checkpoint = tmp_path / "model.pth"
+        checkpoint.touch()
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "config.json").touch()
+        for output, message in (("run", "holds a run already"), ("model.pth/run", "cannot be written to: ")):
+            assert main(["convert", str(checkpoint), "--output", str(tmp_path / output)]) == 1
+            assert message in capsys.readouterr().err
+        for output in (["new/run"], ["run", "--overwrite"]):
+            with pytest.raises(AssertionError, match="is read"):
+                main(["convert", str(checkpoint), "--output", str(tmp_path / output[0]), *output[1:]])
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["model.pth", "run"]
+        assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
 
     def test_an_image_model_becomes_a_run(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         checkpoint, run = str(GOLDEN / "deit_resmlp" / "checkpoint.pth"), str(tmp_path / "run")

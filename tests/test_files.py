@@ -35,6 +35,10 @@ def test_a_path_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     write_json(file, {"a": 1})
     check_writable(file)
     assert json.loads(file.read_text()) == {"a": 1}
+    check_writable(tmp_path / "new" / "folder" / "file.json")
+    for below in (file / "other.json", file / "new" / "other.json"):
+        with pytest.raises(OSError, match=r"file\.json"):
+            check_writable(below)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file.json", "folder"]
 
 

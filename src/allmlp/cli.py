@@ -398,6 +398,7 @@ def _convert(options: argparse.Namespace) -> None:
     from allmlp.checkpoints import conversion, pretrained
     from allmlp.data.tokenization import fitting_tokenizer
 
+    conversion.refuse_output(options.output, overwrite=options.overwrite)
     facts = dict(fact for given in options.facts for fact in given)
     names = _lines(options.classes) if options.classes else None
     if options.checkpoint.startswith(pretrained.TIMM):

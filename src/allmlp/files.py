@@ -31,9 +31,13 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def check_writable(path: str | Path) -> None:
-    """Raise the OSError that writing a file at `path` would end in, and leave what is there alone; parents are made."""
-    with _unfinished(Path(path)):
-        if Path(path).is_dir():
+    """Raise the OSError that writing a file at `path` would end in, and leave everything as it is."""
+    path = Path(path)
+    # Parents that are missing would be made in the nearest one that is there.
+    while not path.parent.exists():
+        path = path.parent
+    with _unfinished(path):
+        if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
 
 

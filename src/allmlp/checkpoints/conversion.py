@@ -29,6 +29,7 @@ from allmlp.checkpoints.layout import Layout, Tensors
 from allmlp.checkpoints.reading import read_checkpoint
 from allmlp.checkpoints.unwrapping import check_weights, unwrap
 from allmlp.errors import UserError, first_line, listed, nearest, shown
+from allmlp.files import check_writable
 
 LAYOUTS: tuple[Layout, ...] = (
     *timm.LAYOUTS,
@@ -191,6 +192,24 @@ def export_state_dict(model: nn.Module, target: str) -> dict[str, Tensor]:
     return timm.export(model)
 
 
+def refuse_output(directory: str | Path, *, overwrite: bool) -> None:
+    """Check that a run may be written to a directory; to be asked before a checkpoint is read for minutes.
+
+    Raises:
+        UserError: if there is a run that is not to be replaced, or nothing can be written there.
+    """
+    former = run_directory.former_run(directory)
+    if former and not overwrite:
+        there = listed([path.name for path in former])
+        raise UserError(
+            f"{directory} holds a run already: {there}. Choose another --output, or replace it (--overwrite)."
+        )
+    try:
+        check_writable(Path(directory) / run_directory.CONFIG)
+    except OSError as error:
+        raise UserError(f"{directory} cannot be written to: {first_line(error)}") from error
+
+
 def write_run_directory(
     conversion: Conversion,
     directory: str | Path,
@@ -209,16 +228,11 @@ def write_run_directory(
         overwrite: replace a run that lies there.
 
     Raises:
-        UserError: if there is a run already, or the names do not fit the model, or one is blank; or the run cannot be
+        UserError: as `refuse_output`, or if the names do not fit the model, or one is blank; or the run cannot be
             written, and a former one is still there.
     """
     directory, model, architecture = Path(directory), conversion.model, conversion.architecture
-    former = run_directory.former_run(directory)
-    if former and not overwrite:
-        there = listed([path.name for path in former])
-        raise UserError(
-            f"{directory} holds a run already: {there}. Choose another --output, or replace it (--overwrite)."
-        )
+    refuse_output(directory, overwrite=overwrite)
     if isinstance(architecture, LanguageArchitecture):
         if classes:
             raise UserError("This is a language model: it has no classes to be named.")
