@@ -381,4 +381,20 @@ def test_a_trainer_s_file_is_read_whole(tmp_path) -> None:
         "Left aside: 'epoch', 'optimizer'.",
         "img_size is not stored; 6×6 pixels is assumed.",
         "act_layer is not stored; gelu is assumed.",
+        "How images were prepared is not stored; mean (0.485, 0.456, 0.406) and std (0.229, 0.224, 0.225) are assumed.",
     )
+
+
+def test_weights_out_of_a_run_say_that_it_knows_more(tmp_path) -> None:
+    run = tmp_path / "run"
+    write_run_directory(convert_state_dict(originals.timm_mixer().model.state_dict()), run)
+    assumed = "How images were prepared is not stored; mean (0.5, 0.5, 0.5) and std (0.5, 0.5, 0.5) are assumed."
+    for path in (run / "model.safetensors", run):
+        *_, note = convert_checkpoint(path).notes
+        assert note.startswith(f"{assumed} {run} is a run directory, which says how: use it")
+    (tmp_path / "apart").mkdir()
+    apart = (run / "model.safetensors").rename(tmp_path / "apart" / "model.safetensors")
+    assert convert_checkpoint(apart).notes[-1] == assumed
+    # Another project's.
+    (apart.parent / "config.json").write_text('{"architecture": "mixer_b16_224"}')
+    assert convert_checkpoint(apart).notes[-1] == assumed

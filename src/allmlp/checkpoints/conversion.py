@@ -1,5 +1,6 @@
 """Public all-MLP checkpoints to models here, whoever saved them."""
 
+import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence
@@ -123,11 +124,26 @@ def convert_checkpoint(
     """`convert`, with everything that was found out; arguments and errors as there."""
     contents = read_checkpoint(path)
     try:
-        return convert_state_dict(contents, source, facts)
+        found = convert_state_dict(contents, source, facts)
     except MissingFacts as error:
         raise MissingFacts(f"{path}: {error}", error.names) from error
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+    if isinstance(found.architecture, LanguageArchitecture):
+        return found
+    cfg = found.model.pretrained_cfg
+    prepared = f"How images were prepared is not stored; mean {cfg['mean']} and std {cfg['std']} are assumed."
+    return dataclasses.replace(found, notes=(*found.notes, prepared + _told_by_a_run(Path(path))))
+
+
+def _told_by_a_run(path: Path) -> str:
+    """A sentence that names the run directory in which weights lie, which says what they do not; else nothing."""
+    folder = path if path.is_dir() else path.parent
+    try:
+        is_run = run_directory.read_config(folder)["model_type"] == run_directory.VISION
+    except UserError:
+        is_run = False
+    return f" {folder} is a run directory, which says how: use it as it is, in place of its weights." if is_run else ""
 
 
 def convert_state_dict(
