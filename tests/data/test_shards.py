@@ -4,7 +4,7 @@ import collections
 import io
 import json
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -231,17 +231,34 @@ def test_each_epoch_and_seed_shuffles_a_shard_anew(tmp_path: Path) -> None:
     assert _names(_epoch(stream)) != first
 
 
-def test_broken_images_of_streamed_validation_are_left_out_or_refused(tmp_path: Path) -> None:
+def _write_tar(path: Path, members: Mapping[str, bytes]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
+def test_broken_images_of_streamed_validation_are_left_out_or_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     write_tars(tmp_path, (6,))
-    with tarfile.open(tmp_path / "val-0000.tar", "w") as archive:
-        for number, image in enumerate((picture(0), b"broken", picture(2))):
-            for ending, content in (("png", image), ("cls", str(number).encode())):
-                member = tarfile.TarInfo(f"{number:06}.{ending}")
-                member.size = len(content)
-                archive.addfile(member, io.BytesIO(content))
-    assert len(load_images(str(tmp_path)).validation) == 2
+    first, last = {"0.png": picture(0), "0.cls": b"0"}, {"2.png": picture(2), "2.cls": b"2"}
+    _write_tar(tmp_path / "val.tar", {**first, "1.png": b"broken", "1.cls": b"1", **last})
+    data = load_images(str(tmp_path))
+    assert data.validation.labels.tolist() == [0, 2]
+    assert len(data.unreadable) == 1
+    assert f"left out 1 of {tmp_path} that cannot be read" in caplog.text
     with pytest.raises(UserError, match="cannot be read as an image"):
         load_images(str(tmp_path), strict=True)
+
+
+def test_streamed_validation_without_a_readable_image_is_refused(tmp_path: Path) -> None:
+    write_tars(tmp_path, (6,))
+    _write_tar(tmp_path / "val.tar", {"0.png": b"broken", "0.cls": b"1"})
+    with pytest.raises(UserError, match=rf"No image of {tmp_path} can be read: .* row 0 \(not an image\)"):
+        load_images(str(tmp_path))
 
 
 def test_streamed_validation_may_lack_classes(tmp_path: Path) -> None:

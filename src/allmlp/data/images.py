@@ -11,7 +11,7 @@ from allmlp.data import image_sources
 from allmlp.data.labelled_images import LabelledImages, UnreadableImage, decode, read_header
 from allmlp.data.sampling import hold_out
 from allmlp.data.shards import ImageShards
-from allmlp.errors import UserError
+from allmlp.errors import UserError, listed
 
 _log = logging.getLogger(__name__)
 
@@ -118,14 +118,10 @@ def _streamed(
     strange = [name for name in names if name not in classes]
     if strange:
         raise UserError(f"Validation has classes that training has not: {', '.join(strange[:8])}.")
-    validation, broken = read_all(splits["train"], image_mode(channels), strict)
+    validation, unreadable = _readable(splits["train"], data, channels, strict)
     labels = np.array([classes.index(name) for name in names])[validation.labels]
-    return ImageData(
-        classes=classes,
-        train=train,
-        validation=dataclasses.replace(validation, labels=labels),
-        unreadable=tuple(f"{image} ({reason})" for image, reason in broken.items()),
-    )
+    validation = dataclasses.replace(validation, labels=labels)
+    return ImageData(classes=classes, train=train, validation=validation, unreadable=unreadable)
 
 
 def read_images(
@@ -153,18 +149,28 @@ def read_images(
         UserError: if there is no such data, or it has no images or no classes.
         UnreadableImage: `strict`, and an image cannot be read.
     """
-    mode = image_mode(channels)
     classes, found = image_sources.find(data, image_column, label_column)
-    splits, unreadable = {}, []
+    splits, unreadable = {}, ()
     for name, images in found.items():
-        splits[name], broken = read_all(images, mode, strict)
-        unreadable += [f"{image} ({reason})" for image, reason in broken.items()]
-        if not len(splits[name]):
-            raise UserError(f"No image of {data} can be read, beginning with {unreadable[0]}.")
+        splits[name], broken = _readable(images, data, channels, strict)
+        unreadable += broken
+    return ImageSplits(classes=classes, splits=splits, unreadable=unreadable)
+
+
+def _readable(images: LabelledImages, data: str, channels: int, strict: bool) -> tuple[LabelledImages, tuple[str, ...]]:
+    """What `read_all` can read of a split; what it cannot, each with the reason, which is also said.
+
+    Raises:
+        UserError: if none of it can be read.
+        UnreadableImage: `strict`, and an image cannot be read.
+    """
+    readable, reasons = read_all(images, image_mode(channels), strict)
+    unreadable = tuple(f"{name} ({reason})" for name, reason in reasons.items())
+    if not len(readable):
+        raise UserError(f"No image of {data} can be read: {listed(unreadable, 3) or 'a split of it is empty'}.")
     if unreadable:
-        shown = ", ".join(unreadable[:5]) + (", …" if len(unreadable) > 5 else "")
-        _log.warning("left out %d of %s that cannot be read: %s", len(unreadable), data, shown)
-    return ImageSplits(classes=classes, splits=splits, unreadable=tuple(unreadable))
+        _log.warning("left out %d of %s that cannot be read: %s", len(unreadable), data, listed(unreadable, 5))
+    return readable, unreadable
 
 
 def read_all(images: LabelledImages, mode: str, strict: bool = False) -> tuple[LabelledImages, dict[str, str]]:
