@@ -128,7 +128,7 @@ def test_columns_of_another_kind_are_named(tmp_path: Path, column: str, values: 
         image_sources.find(file)
     if column == "label":
         with pytest.raises(UserError, match=message):
-            image_sources.streamed([file], file, None, None)
+            image_sources.find(file, streaming=True)
 
 
 def test_what_a_row_names_is_read_where_it_is_a_file(tmp_path: Path) -> None:

@@ -4,10 +4,11 @@ import collections
 import io
 import json
 import tarfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import fsspec
 import numpy as np
 import pyarrow as pa
@@ -31,9 +32,14 @@ CFG = {"input_size": (3, 8, 8), "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5),
 Writer = Callable[..., None]
 
 
+@pytest.fixture(autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
 def _stream(folder: Path, process: int = 0, processes: int = 1, batch_size: int = 4, **settings: Any) -> ImageStream:
-    files = find_shards(str(folder))["train"]
-    _, images = image_sources.streamed(files, str(folder), None, None)
+    _, splits = image_sources.find(str(folder), streaming=True)
+    images = splits["train"]
     share = Share(examples=len(images), batch_size=batch_size, process=process, processes=processes)
     arguments = {"mean": CFG["mean"], "std": CFG["std"], "buffer": 6, "seed": 0, **settings}
     return ImageStream(images, evaluation_transform({**CFG, "interpolation": "bicubic"}), share=share, **arguments)
@@ -115,8 +121,8 @@ def test_shards_elsewhere_are_read_through_fsspec(tmp_path: Path, write: Writer)
     memory.put(str(tmp_path) + "/", "/photos/", recursive=True)
     found = find_shards("memory://photos")
     assert all(file.startswith("memory://") for file in found["train"])
-    _, images = image_sources.streamed(found["train"], "memory://photos", None, None)
-    assert [row.number for row in images.shards.rows(range(2, 6))] == [2, 3, 4, 5]
+    _, splits = image_sources.find("memory://photos", streaming=True)
+    assert [row.number for row in splits["train"].shards.rows(range(2, 6))] == [2, 3, 4, 5]
     memory.rm("/photos", recursive=True)
 
 
@@ -163,7 +169,8 @@ def test_known_lengths_spare_looking_into_tar_files(tmp_path: Path) -> None:
     (tmp_path / "_info.json").write_text(json.dumps(info))
     assert measured(files)[0] == (30, 40)
     (tmp_path / "classnames.txt").write_bytes(b"bird\r\ncat\r\ndog\r\n")
-    classes, images = image_sources.streamed(files, str(tmp_path), None, None)
+    classes, splits = image_sources.find(str(tmp_path))
+    images = splits["train"]
     assert classes == ("bird", "cat", "dog")
     assert images.index[2] == images.index["dog"] == 2
     with pytest.raises(UserError, match=r"train-0000.tar ends after 3 of its 30 examples"):
@@ -198,7 +205,7 @@ def test_only_rows_of_a_known_class_are_examples(tmp_path: Path) -> None:
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
     (tmp_path / "classnames.txt").write_text("bird\ncat\n")
-    _, images = image_sources.streamed([str(tmp_path / "train.tar")], str(tmp_path), None, None)
+    images = image_sources.find(str(tmp_path))[1]["train"]
     first, *unknown = images.shards.rows(range(len(images)))
     assert images.example(first)[:3] == (0, {"bytes": row["0.png"], "path": None}, 1)
     for number, (broken, label) in enumerate(zip(unknown, ("None", "'²'"), strict=True), 1):
@@ -259,6 +266,67 @@ def test_streamed_validation_without_a_readable_image_is_refused(tmp_path: Path)
     _write_tar(tmp_path / "val.tar", {"0.png": b"broken", "0.cls": b"1"})
     with pytest.raises(UserError, match=rf"No image of {tmp_path} can be read: .* row 0 \(not an image\)"):
         load_images(str(tmp_path))
+
+
+def _write_labelled(path: Path, labels: Sequence[str]) -> None:
+    """A tar file of an image for each of these contents of `cls`."""
+    content = {}
+    for number, label in enumerate(labels):
+        content |= {f"{number}.png": picture(number), f"{number}.cls": label.encode()}
+    _write_tar(path, content)
+
+
+@pytest.mark.parametrize("places", [("train", "val"), ("train",)])
+def test_streamed_validation_takes_its_class_names_from_training(tmp_path: Path, places: Sequence[str]) -> None:
+    _write_labelled(tmp_path / "train" / "0.tar", "0101")
+    _write_labelled(tmp_path / "val" / "0.tar", "10")
+    for place in places:
+        (tmp_path / place / "classnames.txt").write_text("cat\ndog\n")
+    data = load_images(str(tmp_path))
+    assert data.classes == ("cat", "dog")
+    assert data.validation.labels.tolist() == [1, 0]
+    assert data.validation.names == [f"{tmp_path}/val/0.tar row {row}" for row in range(2)]
+
+
+def test_classes_of_tar_files_may_be_words(tmp_path: Path) -> None:
+    _write_labelled(tmp_path / "train.tar", ["dog", "cat", "dog"])
+    _write_labelled(tmp_path / "val.tar", ["cat", "dog\n"])
+    data = load_images(str(tmp_path))
+    assert data.classes == ("cat", "dog")
+    assert data.validation.labels.tolist() == [0, 1]
+    _write_labelled(tmp_path / "val.tar", ["cat", "bird"])
+    with pytest.raises(UserError, match=r"val.tar row 1 has 'bird' in 'cls', which is no class"):
+        load_images(str(tmp_path))
+
+
+def test_streamed_validation_counts_by_the_names_of_its_own_column(tmp_path: Path) -> None:
+    for split, names in (("train", ["cat", "dog"]), ("val", ["dog", "cat"])):
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+        rows = {"image": [{"bytes": picture(number), "path": None} for number in range(3)], "label": [0, 0, 1]}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"{split}.parquet")
+    assert load_images(str(tmp_path), streaming=True).validation.labels.tolist() == [1, 1, 0]
+
+
+def test_streamed_validation_is_copied_once_and_anew_when_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tars(tmp_path, (3,))
+    write_tars(tmp_path, (2,), "val")
+    first = load_images(str(tmp_path)).validation
+    assert isinstance(first.sources, np.ndarray)
+    with monkeypatch.context() as patch:
+        patch.setattr(Shards, "rows", lambda *_: pytest.fail("read again"))
+        again = load_images(str(tmp_path)).validation
+    assert (again.sources == first.sources).all()
+    write_tars(tmp_path, (3,), "val", first=1)
+    assert load_images(str(tmp_path)).validation.labels.tolist() == [1, 2, 0]
+
+
+def test_a_column_of_something_else_holds_no_images(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        pq.write_table(pa.table({"image": [1, 2], "label": ["a", "b"]}), tmp_path / f"{split}.parquet")
+    with pytest.raises(UserError, match=r"val.parquet row 0 has 1 in 'image', which is no image"):
+        load_images(str(tmp_path), streaming=True)
 
 
 def test_streamed_validation_may_lack_classes(tmp_path: Path) -> None:

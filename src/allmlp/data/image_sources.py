@@ -1,11 +1,13 @@
 """Where labelled images lie: one function per kind of place, each giving the classes and the splits."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from allmlp._version import __version__
 from allmlp.data.labelled_images import SUFFIXES, LabelledImages
 from allmlp.data.shards import (
     KINDS,
@@ -22,27 +24,31 @@ from allmlp.data.shards import (
     refuse_missing_path,
     split_names,
 )
-from allmlp.errors import UserError, first_line
+from allmlp.errors import UserError, first_line, listed
 
 DIGITS = "digits"
 
-Found = tuple[tuple[str, ...], dict[str, LabelledImages]]
+Found = tuple[tuple[str, ...], Mapping[str, LabelledImages | ImageShards]]
 """The classes, and the images of `train` and, where the data has one, of `validation`."""
 
 
-def find(data: str, image_column: str | None = None, label_column: str | None = None) -> Found:
+def find(data: str, image_column: str | None = None, label_column: str | None = None, streaming: bool = False) -> Found:
     """Recognise what `data` names and list its images; see `allmlp.data.images.load_images`.
 
     Raises:
-        UserError: if there is no such data, it has no labelled images, or a column is named and it is no table.
+        UserError: if there is no such data, it has no labelled images, a column is named and it is no table, or it is
+            to be streamed and has no shards.
     """
     columns = {"image_column": image_column, "label_column": label_column}
     if data == DIGITS:
         refuse_columns(data, **columns)
+        if streaming:
+            raise UserError(f"{data} cannot be streamed: that takes .parquet or .tar files.")
         return digits()
-    path, shards = Path(data).expanduser(), find_shards(data)
+    path, shards = Path(data).expanduser(), shards_to_stream(data) if streaming else find_shards(data)
     if shards:
-        return table(shards, data, image_column, label_column)
+        read = streamed if streaming or shards["train"][0].endswith(".tar") else table
+        return read(shards, data, image_column, label_column)
     if path.is_file():
         raise UserError(
             f"{data} is a file; images come from a folder of class folders, from .parquet or from .tar files."
@@ -123,21 +129,18 @@ def hub(name: str, image_column: str | None, label_column: str | None) -> Found:
 
 
 def table(files: Mapping[str, Sequence[str]], data: str, image_column: str | None, label_column: str | None) -> Found:
-    """Shards with a column of encoded images and one of classes; those of tar files are copied into datasets' cache.
+    """Parquet files with a column of encoded images and one of classes.
 
     Raises:
         UserError: if they cannot be read, or have no such columns.
     """
     import datasets
 
-    kind = "webdataset" if next(iter(files.values()))[0].endswith(".tar") else "parquet"
     try:
-        loaded = datasets.load_dataset(kind, data_files={name: list(paths) for name, paths in files.items()})
+        loaded = datasets.load_dataset("parquet", data_files={name: list(paths) for name, paths in files.items()})
     except Exception as error:
-        cause = error.__cause__ or error
-        paths = [path for split in files.values() for path in split]
-        broken = (broken_shard(paths) if kind == "parquet" else None) or data
-        raise UserError(f"{broken} cannot be read as {kind}: {first_line(cause)}") from error
+        broken = broken_shard(path for split in files.values() for path in split) or data
+        raise UserError(f"{broken} cannot be read as parquet: {first_line(error.__cause__ or error)}") from error
     return _from_tables(loaded, data, image_column, label_column)
 
 
@@ -212,20 +215,18 @@ def _given_column(features: Mapping[str, Any], data: str, wanted: str) -> str:
     return wanted
 
 
-def shards_to_stream(data: str, streaming: bool) -> dict[str, tuple[str, ...]]:
-    """The shards that `data` names and that are to be read one by one: tar files always, parquet files if asked for.
+def shards_to_stream(data: str) -> dict[str, tuple[str, ...]]:
+    """The shards that `data` names, by split, here or on the Hub.
 
     Raises:
-        UserError: if streaming is asked for, and there are no shards.
+        UserError: if there are none.
     """
-    path = Path(data).expanduser()
-    found = find_shards(data)
-    if not found and streaming:
-        if data == DIGITS or path.exists():
-            raise UserError(f"{data} cannot be streamed: that takes .parquet or .tar files.")
-        refuse_missing_path(data)
-        found = hub_shards(data)
-    return found if streaming or (found and found["train"][0].endswith(".tar")) else {}
+    if shards := find_shards(data):
+        return shards
+    if Path(data).expanduser().exists():
+        raise UserError(f"{data} cannot be streamed: that takes .parquet or .tar files.")
+    refuse_missing_path(data)
+    return hub_shards(data)
 
 
 def hub_shards(name: str) -> dict[str, tuple[str, ...]]:
@@ -247,8 +248,10 @@ def hub_shards(name: str) -> dict[str, tuple[str, ...]]:
     return splits
 
 
-def streamed(files: Sequence[str], data: str, image_column: str | None, label_column: str | None) -> tuple[Any, Any]:
-    """The classes and the images of shards, without reading the images.
+def streamed(
+    files: Mapping[str, Sequence[str]], data: str, image_column: str | None, label_column: str | None
+) -> Found:
+    """Shards by their splits, without reading the images: what a row means is told from those of `train`.
 
     Classes come from the column's type, from `classnames.txt` beside the shards, or from looking at all labels.
 
@@ -257,25 +260,73 @@ def streamed(files: Sequence[str], data: str, image_column: str | None, label_co
     """
     import datasets
 
-    columns = first_columns(files[0])
-    if files[0].endswith(".tar"):
+    train = files["train"]
+    columns = first_columns(train[0])
+    if train[0].endswith(".tar"):
         endings = [ending for ending in columns if f".{ending}" in SUFFIXES]
         image = _given_column(columns, data, image_column or next(iter(endings), "jpg"))
     else:
         image = _image_column(columns, data, image_column)
     label = _label_column(columns, data, label_column)
-    if not files[0].endswith(".tar"):
+    if not train[0].endswith(".tar"):
         check_class_column(columns, label, data)
-    classes = class_names(files[0])
+    classes = class_names(train[0])
     if isinstance(columns[label], datasets.ClassLabel):
         classes = tuple(columns[label].names)
-    sizes, values = measured(files, None if classes else label)
+    sizes, values = measured(train, None if classes else label)
     names = tuple(str(value) for value in values) if classes is None else classes
-    index: dict[Any, int] = {value: place for place, value in enumerate(values if classes is None else names)}
-    if classes is not None:
-        index |= {place: place for place in range(len(names))}
-    shards = Shards(files=tuple(files), sizes=sizes, columns=(image, label))
-    return names, ImageShards(shards=shards, image=image, label=label, index=index)
+    index: dict[Any, int] = {name: place for place, name in enumerate(names)}
+    index |= {value: place for place, value in enumerate(range(len(names)) if classes else values)}
+    shards = Shards(files=tuple(train), sizes=sizes, columns=(image, label))
+    images = ImageShards(shards=shards, image=image, label=label, index=index)
+    return names, {split: images if split == "train" else _held_out(images, files[split]) for split in files}
+
+
+def _held_out(train: ImageShards, files: Sequence[str]) -> ImageShards:
+    """Shards held out, whose rows mean what those to train on do."""
+    import datasets
+
+    index, column = train.index, first_columns(files[0]).get(train.label)
+    # A column with names of its own counts by these.
+    if isinstance(column, datasets.ClassLabel):
+        index = {place: index[name] for place, name in enumerate(column.names) if name in index}
+    shards = Shards(files=tuple(files), sizes=measured(files)[0], columns=train.shards.columns)
+    return dataclasses.replace(train, shards=shards, index=index)
+
+
+def stored(images: ImageShards) -> LabelledImages:
+    """The images of shards where any of them can be asked for: copied into datasets' cache once, and mapped from it.
+
+    Raises:
+        UserError: if a shard cannot be read, or a row has no class or holds something else than an image.
+    """
+    import datasets
+    import fsspec
+    from datasets.exceptions import DatasetGenerationError
+
+    image = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+    features = {"image": image, "label": datasets.Value("int64"), "name": datasets.Value("string")}
+    files = [fsspec.url_to_fs(file) for file in images.shards.files]
+    # The cache knows a copy by these arguments, so that they say what it was made from, and by which reader.
+    made_from = (__version__, *(system.ukey(path) for system, path in files))
+    try:
+        copy = datasets.Dataset.from_generator(
+            _records, datasets.Features(features), gen_kwargs={"images": images, "made_from": made_from}
+        )
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        where = listed(images.shards.files, 2)
+        raise UserError(f"{where} cannot be read: {first_line(error.__cause__ or error)}") from error
+    return LabelledImages(
+        sources=copy["image"], labels=np.array(copy["label"], dtype=np.int64), names=list(copy["name"])
+    )
+
+
+def _records(images: ImageShards, made_from: Sequence[str]) -> Iterator[dict[str, Any]]:
+    for row in images.shards.rows(range(len(images))):
+        _, image, label, name = images.example(row)
+        yield {"image": image, "label": label, "name": name}
 
 
 def broken_shard(files: Iterable[str | Path]) -> str | Path | None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from tqdm import tqdm
@@ -78,50 +78,43 @@ def load_images(
     Raises:
         UserError: if there are fewer than two classes, a class has too few images, or a stream has no validation split.
     """
-    shards = image_sources.shards_to_stream(data, streaming)
-    if shards:
-        return _streamed(shards, data, channels, strict, image_column, label_column)
-    found = read_images(data, channels=channels, strict=strict, image_column=image_column, label_column=label_column)
-    classes, train = found.classes, found.splits["train"]
+    mode = image_mode(channels)
+    classes, found = image_sources.find(data, image_column, label_column, streaming)
     if len(classes) < 2:
         raise UserError(f"{data} has one class only ({classes[0]}); telling images apart takes at least two.")
-    counts = np.bincount(train.labels, minlength=len(classes))
-    if not counts.all():
-        raise UserError(f"Class '{classes[int(counts.argmin())]}' of {data} has no image that can be read.")
-    if "validation" in found.splits:
-        validation = found.splits["validation"]
-    elif counts.min() < 2:
-        raise UserError(
-            f"Class '{classes[int(counts.argmin())]}' of {data} has a single image, so none can be held out; "
-            "add images or give a validation split."
-        )
-    else:
-        train, validation = (train.subset(places) for places in hold_out(train.labels, holdout, seed))
-    return ImageData(classes=classes, train=train, validation=validation, unreadable=found.unreadable)
-
-
-def _streamed(
-    shards: Mapping[str, Sequence[str]],
-    data: str,
-    channels: int,
-    strict: bool,
-    image_column: str | None,
-    label_column: str | None,
-) -> ImageData:
-    if "validation" not in shards:
+    train, unreadable = found["train"], ()
+    if not isinstance(train, ImageShards):
+        train, unreadable = _readable(train, data, mode, strict)
+        counts = np.bincount(train.labels, minlength=len(classes))
+        if not counts.all():
+            raise UserError(f"Class '{classes[int(counts.argmin())]}' of {data} has no image that can be read.")
+        if "validation" not in found:
+            train, validation = _cut(train, classes, data, holdout, seed)
+            return ImageData(classes=classes, train=train, validation=validation, unreadable=unreadable)
+    elif "validation" not in found:
         raise UserError(
             f"{data} streams, so that nothing is held out of it: give shards for validation, such as val-0000.tar."
         )
-    columns = (data, image_column, label_column)
-    classes, train = image_sources.streamed(shards["train"], *columns)
-    names, splits = image_sources.table({"train": shards["validation"]}, *columns)
-    strange = [name for name in names if name not in classes]
-    if strange:
-        raise UserError(f"Validation has classes that training has not: {', '.join(strange[:8])}.")
-    validation, unreadable = _readable(splits["train"], data, channels, strict)
-    labels = np.array([classes.index(name) for name in names])[validation.labels]
-    validation = dataclasses.replace(validation, labels=labels)
-    return ImageData(classes=classes, train=train, validation=validation, unreadable=unreadable)
+    validation, broken = _readable(found["validation"], data, mode, strict)
+    return ImageData(classes=classes, train=train, validation=validation, unreadable=unreadable + broken)
+
+
+def _cut(
+    images: LabelledImages, classes: Sequence[str], data: str, holdout: float, seed: int
+) -> tuple[LabelledImages, LabelledImages]:
+    """What is learnt from and what is held out.
+
+    Raises:
+        UserError: if a class has a single image.
+    """
+    present, counts = np.unique(images.labels, return_counts=True)
+    if counts.min() < 2:
+        raise UserError(
+            f"Class '{classes[present[counts.argmin()]]}' of {data} has a single image, so none can be held out; "
+            "add images or give a validation split."
+        )
+    kept, out = hold_out(images.labels, holdout, seed)
+    return images.subset(kept), images.subset(out)
 
 
 def read_images(
@@ -149,22 +142,26 @@ def read_images(
         UserError: if there is no such data, or it has no images or no classes.
         UnreadableImage: `strict`, and an image cannot be read.
     """
+    mode = image_mode(channels)
     classes, found = image_sources.find(data, image_column, label_column)
     splits, unreadable = {}, ()
     for name, images in found.items():
-        splits[name], broken = _readable(images, data, channels, strict)
+        splits[name], broken = _readable(images, data, mode, strict)
         unreadable += broken
     return ImageSplits(classes=classes, splits=splits, unreadable=unreadable)
 
 
-def _readable(images: LabelledImages, data: str, channels: int, strict: bool) -> tuple[LabelledImages, tuple[str, ...]]:
+def _readable(
+    images: LabelledImages | ImageShards, data: str, mode: str, strict: bool
+) -> tuple[LabelledImages, tuple[str, ...]]:
     """What `read_all` can read of a split; what it cannot, each with the reason, which is also said.
 
     Raises:
         UserError: if none of it can be read.
         UnreadableImage: `strict`, and an image cannot be read.
     """
-    readable, reasons = read_all(images, image_mode(channels), strict)
+    images = image_sources.stored(images) if isinstance(images, ImageShards) else images
+    readable, reasons = read_all(images, mode, strict)
     unreadable = tuple(f"{name} ({reason})" for name, reason in reasons.items())
     if not len(readable):
         raise UserError(f"No image of {data} can be read: {listed(unreadable, 3) or 'a split of it is empty'}.")

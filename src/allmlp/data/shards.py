@@ -102,14 +102,22 @@ class ImageShards:
     def __len__(self) -> int:
         return len(self.shards)
 
-    def example(self, row: Row) -> tuple[int, Any, int, str]:
+    def example(self, row: Row) -> tuple[int, dict[str, Any], int, str]:
         """A row as `BatchMaker.make_batch` takes it: its number, the image, its class, its name.
 
         Raises:
-            UserError: if it has no class, or one that is not in the index.
+            UserError: if it has no class, or one that is not in the index; or something else than an image.
         """
         image = row.values.get(self.image)
-        source = {"bytes": image, "path": None} if isinstance(image, bytes) else image or {}
+        if isinstance(image, bytes):
+            image = {"bytes": image}
+        elif isinstance(image, str):
+            image = {"path": image}
+        elif image is None:
+            image = {}
+        elif not isinstance(image, Mapping):
+            raise UserError(f"{row.name} has {shown(image)} in '{self.image}', which is no image.")
+        source = {part: image.get(part) for part in ("bytes", "path")}
         label = label_value(row.values.get(self.label))
         if label not in self.index:
             raise UserError(f"{row.name} has {shown(label)} in '{self.label}', which is no class.")

@@ -39,7 +39,7 @@ def streamed_text(
     """
     if data == STDLIB:
         raise UserError(f"{data} cannot be streamed: that takes .parquet or .tar files.")
-    shards = shards_to_stream(data, streaming=True)
+    shards = shards_to_stream(data)
     if "validation" not in shards:
         raise UserError(
             f"{data} streams, so nothing is held out of it: give shards for validation, such as val-0000.parquet."
