@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from allmlp.data import as_is, image_sources
@@ -296,6 +297,30 @@ def test_classes_of_tar_files_may_be_words(tmp_path: Path) -> None:
     assert data.validation.labels.tolist() == [0, 1]
     _write_labelled(tmp_path / "val.tar", ["cat", "bird"])
     with pytest.raises(UserError, match=r"val.tar row 1 has 'bird' in 'cls', which is no class"):
+        load_images(str(tmp_path))
+
+
+def test_images_of_different_kinds_are_all_found(tmp_path: Path) -> None:
+    jpeg = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(jpeg, "JPEG")
+    first, second = {"0.json": b"{}", "0.png": picture(0), "0.cls": b"0"}, {"1.JPG": jpeg.getvalue(), "1.cls": b"1"}
+    for split in ("train", "val"):
+        _write_tar(tmp_path / f"{split}.tar", {**first, **second, "2.jpeg": jpeg.getvalue(), "2.cls": b"1"})
+    data = load_images(str(tmp_path))
+    assert data.validation.labels.tolist() == [0, 1, 1]
+    stream = _stream(tmp_path)
+    assert len(_names(_epoch(stream))) == 3
+    assert stream.unreadable() == []
+    with pytest.raises(UserError, match=rf"No image of {tmp_path} can be read"):
+        load_images(str(tmp_path), image_column="json")
+    data = load_images(str(tmp_path), image_column="png")
+    assert len(data.validation) == 1
+    assert data.unreadable == tuple(f"{tmp_path}/val.tar row {row} (the record is empty)" for row in (1, 2))
+
+
+def test_tar_files_without_images_are_refused(tmp_path: Path) -> None:
+    _write_tar(tmp_path / "train.tar", {"0.txt": b"words", "0.cls": b"0"})
+    with pytest.raises(UserError, match=r"no column of images; its columns are txt, cls\. Name it: --image-column"):
         load_images(str(tmp_path))
 
 

@@ -262,13 +262,12 @@ def streamed(
 
     train = files["train"]
     columns = first_columns(train[0])
-    if train[0].endswith(".tar"):
-        endings = [ending for ending in columns if f".{ending}" in SUFFIXES]
-        image = _given_column(columns, data, image_column or next(iter(endings), "jpg"))
-    else:
-        image = _image_column(columns, data, image_column)
+    in_tar = train[0].endswith(".tar")
+    # Rows of a tar file may hold images of different kinds, each under an ending of its own.
+    by_ending = in_tar and image_column is None and any(f".{ending}" in SUFFIXES for ending in columns)
+    image = None if by_ending else _image_column(columns, data, image_column)
     label = _label_column(columns, data, label_column)
-    if not train[0].endswith(".tar"):
+    if not in_tar:
         check_class_column(columns, label, data)
     classes = class_names(train[0])
     if isinstance(columns[label], datasets.ClassLabel):
@@ -277,7 +276,7 @@ def streamed(
     names = tuple(str(value) for value in values) if classes is None else classes
     index: dict[Any, int] = {name: place for place, name in enumerate(names)}
     index |= {value: place for place, value in enumerate(range(len(names)) if classes else values)}
-    shards = Shards(files=tuple(train), sizes=sizes, columns=(image, label))
+    shards = Shards(files=tuple(train), sizes=sizes, columns=(image, label) if image else ())
     images = ImageShards(shards=shards, image=image, label=label, index=index)
     return names, {split: images if split == "train" else _held_out(images, files[split]) for split in files}
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import get_worker_info
 
+from allmlp.data.labelled_images import SUFFIXES
 from allmlp.errors import UserError, shown
 
 KINDS = (".parquet", ".tar")
@@ -89,13 +90,13 @@ class ImageShards:
 
     Attributes:
         shards: where they lie.
-        image: the column of the images.
+        image: the column of the images; None: of a tar file's row the first member whose ending is that of an image.
         label: the column of the classes.
         index: from what stands in that column to the class.
     """
 
     shards: Shards
-    image: str
+    image: str | None
     label: str
     index: Mapping[Any, int]
 
@@ -108,7 +109,8 @@ class ImageShards:
         Raises:
             UserError: if it has no class, or one that is not in the index; or something else than an image.
         """
-        image = row.values.get(self.image)
+        column = self.image or next((ending for ending in row.values if f".{ending}" in SUFFIXES), None)
+        image = row.values.get(column) if column else None
         if isinstance(image, bytes):
             image = {"bytes": image}
         elif isinstance(image, str):
@@ -116,7 +118,7 @@ class ImageShards:
         elif image is None:
             image = {}
         elif not isinstance(image, Mapping):
-            raise UserError(f"{row.name} has {shown(image)} in '{self.image}', which is no image.")
+            raise UserError(f"{row.name} has {shown(image)} in '{column}', which is no image.")
         source = {part: image.get(part) for part in ("bytes", "path")}
         label = label_value(row.values.get(self.label))
         if label not in self.index:
