@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from allmlp.data import images as module
-from allmlp.data.images import load_images, read_images
+from allmlp.data.images import load_images, load_validation
 from allmlp.data.labelled_images import UnreadableImage
 from allmlp.errors import UserError
 from tests.pictures import COLOURS, picture, write_classes
@@ -68,17 +68,18 @@ def test_images_beyond_the_memory_limit_stay_files(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(module, "MEMORY_LIMIT", 1000)
     root = write_classes(tmp_path / "data", each=3)
     (root / "red" / "text.png").write_text("no image")
-    found = read_images(str(root))
-    assert len(found.splits["train"]) == 9
-    assert len(found.unreadable) == 1
-    assert isinstance(found.splits["train"].sources[0], str)
+    data = load_images(str(root))
+    assert len(data.train) + len(data.validation) == 9
+    assert len(data.unreadable) == 1
+    assert isinstance(data.train.sources[0], str)
 
 
 def test_images_of_several_sizes_are_kept_decoded(tmp_path: Path) -> None:
     root = write_classes(tmp_path / "data", each=2)
     picture("red", size=(20, 30)).save(root / "red" / "tall.png")
-    sources = read_images(str(root)).splits["train"].sources
-    assert {source.shape for source in sources} == {(12, 16, 3), (30, 20, 3)}
+    _, images, part = load_validation(str(root))
+    assert part == "all"
+    assert {source.shape for source in images.sources} == {(12, 16, 3), (30, 20, 3)}
 
 
 @pytest.mark.parametrize(

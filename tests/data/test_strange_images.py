@@ -14,7 +14,7 @@ from PIL import Image
 from allmlp.checkpoints import run_directory
 from allmlp.cli import main
 from allmlp.data.image_batches import evaluation_transform
-from allmlp.data.images import read_images
+from allmlp.data.images import load_images
 from allmlp.data.labelled_images import DECODING_BYTES, PIXEL_LIMIT, UnreadableImage
 from tests.pictures import write_classes
 from tests.strange_pictures import PIXELS, black, legal, refused
@@ -37,9 +37,9 @@ def test_a_folder_gives_the_right_pixels_and_names_what_it_leaves_out(tmp_path: 
     root = write_classes(tmp_path / "data", each=2)
     shown, reasons = legal(root / "red"), refused(root / "blue", tmp_path / "mark")
     reasons.pop("pipe.png")  # no file of the folder
-    found = read_images(str(root))
-    images = found.splits["train"]
-    pixels = {Path(name).name: images.sources[place] for place, name in enumerate(images.names)}
+    found = load_images(str(root))
+    parts = (found.train, found.validation)
+    pixels = {Path(name).name: part.sources[place] for part in parts for place, name in enumerate(part.names)}
     for name, expected in shown.items():
         np.testing.assert_array_equal(pixels[name], expected, err_msg=name)
     assert len(found.unreadable) == len(reasons)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tarfile
 from pathlib import Path
 
 import datasets
@@ -95,6 +96,33 @@ def test_other_data_is_matched_by_class_names(run: Path, tmp_path: Path) -> None
     assert (found["part"], found["images"]) == ("validation", 6)
 
 
+def test_where_there_is_a_validation_split_nothing_else_is_read(run: Path, tmp_path: Path) -> None:
+    write_classes(tmp_path / "data" / "train", each=2)
+    write_classes(tmp_path / "data" / "val", each=1)
+    (tmp_path / "data" / "train" / "red" / "00.png").write_text("no image")
+    shutil.copytree(run, tmp_path / "run")
+    with (tmp_path / "run" / "recipe.yaml").open("a") as file:
+        file.write(f"data: {tmp_path / 'data'}\n")
+    for evaluated, part in ((run, "validation"), (tmp_path / "run", "held out")):
+        found = evaluate(str(evaluated), str(tmp_path / "data"), strict=True)
+        assert (found["part"], found["images"]) == (part, 3)
+    (tmp_path / "data" / "val" / "red" / "00.png").write_text("no image")
+    with pytest.raises(UserError, match=r"val/red/00\.png cannot be read"):
+        evaluate(str(run), str(tmp_path / "data"), strict=True)
+
+
+def test_tar_files_are_measured_by_their_class_names(run: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "photos.tar", "w") as archive:
+        for number, name in enumerate(("red", "green", "red")):
+            picture(name, seed=number).save(tmp_path / "image.png")
+            (tmp_path / "name").write_text(name)
+            archive.add(tmp_path / "image.png", f"{number}.png")
+            archive.add(tmp_path / "name", f"{number}.cls")
+    found = evaluate(str(run), str(tmp_path / "photos.tar"))
+    assert (found["part"], found["images"], found["accuracy"]) == ("all", 3, 1.0)
+    assert {name: figures["images"] for name, figures in found["per_class"].items()} == {"green": 1, "red": 2}
+
+
 def test_the_trainings_columns_are_those_of_tables(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run")
     with (tmp_path / "run" / "recipe.yaml").open("a") as file:
@@ -177,10 +205,10 @@ def test_a_checkpoint_is_evaluated_with_its_runs_recipe(run: Path) -> None:
 
 def test_a_run_is_measured_on_what_its_own_seed_held_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vision.train(tiny_recipe(tmp_path, seed=3, holdout=0.3, epochs=1), tmp_path / "run")
-    asked, load = {}, evaluation.load_images
-    monkeypatch.setattr(evaluation, "load_images", lambda data, **given: asked.update(given) or load(data, **given))
+    asked, load = {}, evaluation.load_validation
+    monkeypatch.setattr(evaluation, "load_validation", lambda data, **given: asked.update(given) or load(data, **given))
     evaluate(str(tmp_path / "run"))
-    assert (asked["seed"], asked["holdout"]) == (3, 0.3)
+    assert asked["cut"] == (0.3, 3)
 
 
 def test_broken_images_count_for_nothing() -> None:

@@ -36,15 +36,6 @@ class ImageData:
     unreadable: tuple[str, ...]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ImageSplits:
-    """A data set as it lies there: its splits by name, `train` (or all of it) and maybe `validation`."""
-
-    classes: tuple[str, ...]
-    splits: dict[str, LabelledImages]
-    unreadable: tuple[str, ...]
-
-
 def image_mode(channels: int) -> str:
     """How Pillow names images of so many channels.
 
@@ -68,15 +59,26 @@ def load_images(
     label_column: str | None = None,
     streaming: bool = False,
 ) -> ImageData:
-    """The data to train on, with something held out; arguments and errors as those of `read_images`, and:
+    """Find the data to train on, with something held out, and read it once, leaving out what cannot be read.
+
+    Images that fit into `MEMORY_LIMIT` bytes are decoded now and kept; of larger data only each image's header is read.
 
     Args:
+        data: `digits` (scikit-learn's handwritten digits), a folder of class folders (or one with such folders under
+            `train` and `val`), parquet or tar files, a folder of them or their address, or a Hub dataset's name,
+            `owner/name` or `owner/name:configuration`.
         holdout: share of each class held out where the data has no validation split of its own.
         seed: seed of that cut.
+        channels: 3 for colour, 1 for grey.
+        strict: raise at the first unreadable image instead of leaving it out with a warning.
+        image_column: column of the images in a table; found by its type where not given.
+        label_column: column of the classes in a table; found by its type or name where not given.
         streaming: read what is learnt from shard by shard as it is needed; tar files always are.
 
     Raises:
-        UserError: if there are fewer than two classes, a class has too few images, or a stream has no validation split.
+        UserError: if there is no such data, or it has no images or no classes; if there are fewer than two classes, a
+            class has too few images, or a stream has no validation split.
+        UnreadableImage: `strict`, and an image cannot be read.
     """
     mode = image_mode(channels)
     classes, found = image_sources.find(data, image_column, label_column, streaming)
@@ -117,38 +119,34 @@ def _cut(
     return images.subset(kept), images.subset(out)
 
 
-def read_images(
+def load_validation(
     data: str,
     *,
+    cut: tuple[float, int] | None = None,
     channels: int = 3,
     strict: bool = False,
     image_column: str | None = None,
     label_column: str | None = None,
-) -> ImageSplits:
-    """Find the data and read it once, leaving out what cannot be read.
-
-    Images that fit into `MEMORY_LIMIT` bytes are decoded now and kept; of larger data only each image's header is read.
+    streaming: bool = False,
+) -> tuple[tuple[str, ...], LabelledImages, str]:
+    """What a classifier is measured on: nothing else of the data is read where it has a validation split.
 
     Args:
-        data: `digits` (scikit-learn's handwritten digits), a folder of class folders (or one with such folders under
-            `train` and `val`), a parquet file, a folder of them, or a Hub dataset's name, `owner/name` or
-            `owner/name:configuration`.
-        channels: 3 for colour, 1 for grey.
-        strict: raise at the first unreadable image instead of leaving it out with a warning.
-        image_column: column of the images in a table; found by its type where not given.
-        label_column: column of the classes in a table; found by its type or name where not given.
+        data: as for `load_images`, likewise the other arguments and the errors.
+        cut: share and seed by which a training has held a part out, where the data has no such split.
 
-    Raises:
-        UserError: if there is no such data, or it has no images or no classes.
-        UnreadableImage: `strict`, and an image cannot be read.
+    Returns:
+        The classes, the images, and what these are of the data: its `validation`, what is `held out` by the cut, or
+        `all` of it.
     """
     mode = image_mode(channels)
-    classes, found = image_sources.find(data, image_column, label_column)
-    splits, unreadable = {}, ()
-    for name, images in found.items():
-        splits[name], broken = _readable(images, data, mode, strict)
-        unreadable += broken
-    return ImageSplits(classes=classes, splits=splits, unreadable=unreadable)
+    classes, found = image_sources.find(data, image_column, label_column, streaming)
+    if "validation" in found:
+        return classes, _readable(found["validation"], data, mode, strict)[0], "validation"
+    images = _readable(found["train"], data, mode, strict)[0]
+    if cut is None:
+        return classes, images, "all"
+    return classes, _cut(images, classes, data, *cut)[1], "held out"
 
 
 def _readable(

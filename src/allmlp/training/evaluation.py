@@ -16,7 +16,7 @@ from allmlp.checkpoints import run_directory
 from allmlp.checkpoints.timm_models import TimmModel
 from allmlp.data import as_is, image_sources
 from allmlp.data.image_batches import ImageBatches, evaluation_transform
-from allmlp.data.images import image_mode, load_images, read_all, read_images
+from allmlp.data.images import image_mode, load_validation, read_all
 from allmlp.data.labelled_images import SUFFIXES, LabelledImages
 from allmlp.data.sampling import IGNORED
 from allmlp.errors import UserError
@@ -119,7 +119,7 @@ def evaluate(
 
     Args:
         run: a run directory.
-        data: what `allmlp.data.images.read_images` takes; the run's own by default.
+        data: what `allmlp.data.images.load_images` takes; the run's own by default.
         img_size: as for `run_directory.load`; images are resized to it.
         patch_kernel: as for `run_directory.load`.
         batch_size: images per forward pass.
@@ -144,22 +144,16 @@ def evaluate(
     if image_sources.is_table(data):
         columns = trained_columns(recipe, columns)
     channels = cfg["input_size"][0]
-    if recipe and same_data(data, recipe.data):
-        seen = load_images(
-            data,
-            holdout=recipe.holdout,
-            seed=recipe.seed,
-            channels=channels,
-            strict=strict,
-            streaming=recipe.streaming,
-            **columns,
-        )
-        names, images, part = seen.classes, seen.validation, "held out"
-    else:
-        found = read_images(data, channels=channels, strict=strict, **columns)
-        part = "validation" if "validation" in found.splits else "train"
-        names, images = found.classes, found.splits[part]
-        part = part if len(found.splits) > 1 else "all"
+    own = recipe if recipe and same_data(data, recipe.data) else None
+    names, images, part = load_validation(
+        data,
+        cut=(own.holdout, own.seed) if own else None,
+        channels=channels,
+        strict=strict,
+        streaming=own is not None and own.streaming,
+        **columns,
+    )
+    part = "held out" if own else part
     images = relabelled(images, names, cfg["label_names"], data)
     logits, labels = logits_of(model, evaluation_batches(images, cfg), batch_size, workers)
     return {"run": str(run), "data": data, "part": part, **accuracy_of(logits, labels, cfg["label_names"])}
