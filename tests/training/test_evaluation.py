@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from allmlp.checkpoints import run_directory
 from allmlp.checkpoints.conversion import convert_checkpoint, write_run_directory
+from allmlp.data import images
 from allmlp.data.labelled_images import LabelledImages
 from allmlp.errors import UserError
 from allmlp.training import evaluation, vision
@@ -109,6 +110,24 @@ def test_where_there_is_a_validation_split_nothing_else_is_read(run: Path, tmp_p
     (tmp_path / "data" / "val" / "red" / "00.png").write_text("no image")
     with pytest.raises(UserError, match=r"val/red/00\.png cannot be read"):
         evaluate(str(run), str(tmp_path / "data"), strict=True)
+
+
+def test_pictures_that_break_off_are_named_or_refused_beyond_the_memory_limit(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(images, "MEMORY_LIMIT", 0)
+    root = write_classes(tmp_path / "data", each=2)
+    broken = root / "red" / "01.png"
+    broken.write_bytes(broken.read_bytes()[:200])
+    assert evaluate(str(run), str(root))["images"] == 5
+    assert f"left out 1 of {root} that cannot be read: {broken}" in caplog.text
+    for use in (
+        lambda: evaluate(str(run), str(root), strict=True),
+        lambda: predict(str(run), [str(root)], strict=True),
+    ):
+        with pytest.raises(UserError, match=rf"^{broken} cannot be read as an image: "):
+            use()
+    assert [entry["file"] for entry in predict(str(run), [str(root)]) if "error" in entry] == [str(broken)]
 
 
 def test_tar_files_are_measured_by_their_class_names(run: Path, tmp_path: Path) -> None:
@@ -214,7 +233,7 @@ def test_a_run_is_measured_on_what_its_own_seed_held_out(tmp_path: Path, monkeyp
 def test_broken_images_count_for_nothing() -> None:
     model = timm.create_model("gmlp_nano_patch4_32", num_blocks=1, embed_dim=8)
     good = np.zeros((8, 8, 3), np.uint8)
-    images = LabelledImages(sources=[good, "/no/such.png", good], labels=np.array([2, 1, 0]), names=["a", "b", "c"])
-    logits, labels = evaluation.logits_of(model, evaluation.evaluation_batches(images, model.pretrained_cfg))
+    some = LabelledImages(sources=[good, "/no/such.png", good], labels=np.array([2, 1, 0]), names=["a", "b", "c"])
+    logits, labels = evaluation.logits_of(model, evaluation.evaluation_batches(some, model.pretrained_cfg))
     assert labels.tolist() == [2, 0]
     assert logits.shape == (2, 10)

@@ -31,6 +31,7 @@ from allmlp.training.callbacks import Interruption, Progress
 from allmlp.training.engine import Engine
 from allmlp.training.recipe import RECIPES, Recipe, make_recipe
 from tests.data.texts import write_text
+from tests.pictures import write_classes
 from tests.training.tiny import tiny_recipe
 
 # Everything with a state of its own: dropped blocks, mixing, erasing, averages, accumulation, processes for the data.
@@ -339,6 +340,21 @@ def test_a_picture_that_breaks_off_is_left_out_or_refused(tmp_path: Path, monkey
     assert metrics["unreadable_images"] == [str(broken)]
     with pytest.raises(UserError, match=r"^\S*red/03\.png cannot be read as an image: "):
         training.train(tiny_recipe(tmp_path, strict=True), tmp_path / "strict")
+
+
+def test_a_held_out_picture_that_breaks_off_is_left_out_or_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(image_data, "MEMORY_LIMIT", 0)
+    write_classes(tmp_path / "pictures" / "train", each=4)
+    write_classes(tmp_path / "pictures" / "val", each=2)
+    broken = tmp_path / "pictures" / "val" / "red" / "01.png"
+    broken.write_bytes(broken.read_bytes()[:200])
+    metrics = training.train(tiny_recipe(tmp_path, epochs=1), tmp_path / "run")
+    assert (metrics["images"], metrics["unreadable_images"]) == (5, [str(broken)])
+    assert f"left out 1 of {tmp_path / 'pictures'} that cannot be read: {broken}" in caplog.text
+    with pytest.raises(UserError, match=rf"^{broken} cannot be read as an image: "):
+        training.train(tiny_recipe(tmp_path, epochs=1, strict=True), tmp_path / "strict")
 
 
 def test_the_best_checkpoint_is_never_rotated_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -161,11 +161,20 @@ def _readable(
     images = image_sources.stored(images) if isinstance(images, ImageShards) else images
     readable, reasons = read_all(images, mode, strict)
     unreadable = tuple(f"{name} ({reason})" for name, reason in reasons.items())
-    if not len(readable):
+    tell_left_out(data, unreadable, len(readable))
+    return readable, unreadable
+
+
+def tell_left_out(data: str | None, unreadable: Sequence[str], left: int) -> None:
+    """Say what is left out of some data because it cannot be read.
+
+    Raises:
+        UserError: if no images are left.
+    """
+    if not left:
         raise UserError(f"No image of {data} can be read: {listed(unreadable, 3) or 'a split of it is empty'}.")
     if unreadable:
         _log.warning("left out %d of %s that cannot be read: %s", len(unreadable), data, listed(unreadable, 5))
-    return readable, unreadable
 
 
 def read_all(images: LabelledImages, mode: str, strict: bool = False) -> tuple[LabelledImages, dict[str, str]]:

@@ -16,7 +16,7 @@ from allmlp.checkpoints import run_directory
 from allmlp.checkpoints.timm_models import TimmModel
 from allmlp.data import as_is, image_sources
 from allmlp.data.image_batches import ImageBatches, evaluation_transform
-from allmlp.data.images import image_mode, load_validation, read_all
+from allmlp.data.images import image_mode, load_validation, read_all, tell_left_out
 from allmlp.data.labelled_images import SUFFIXES, LabelledImages
 from allmlp.data.sampling import IGNORED
 from allmlp.errors import UserError
@@ -24,9 +24,9 @@ from allmlp.tables import table
 from allmlp.training.recipe import RECIPES, Recipe, RecipeT, VisionRecipe, make_recipe, read_settings
 
 
-def evaluation_batches(images: LabelledImages, cfg: dict[str, Any]) -> ImageBatches:
-    """Images as a model's `pretrained_cfg` wants them for evaluation."""
-    return ImageBatches(images, evaluation_transform(cfg), mean=cfg["mean"], std=cfg["std"])
+def evaluation_batches(images: LabelledImages, cfg: dict[str, Any], strict: bool = False) -> ImageBatches:
+    """Images as a model's `pretrained_cfg` wants them for evaluation; `strict` as for `BatchMaker`."""
+    return ImageBatches(images, evaluation_transform(cfg), mean=cfg["mean"], std=cfg["std"], strict=strict)
 
 
 @torch.inference_mode()
@@ -155,7 +155,9 @@ def evaluate(
     )
     part = "held out" if own else part
     images = relabelled(images, names, cfg["label_names"], data)
-    logits, labels = logits_of(model, evaluation_batches(images, cfg), batch_size, workers)
+    batches = evaluation_batches(images, cfg, strict)
+    logits, labels = logits_of(model, batches, batch_size, workers)
+    tell_left_out(data, batches.unreadable(), len(labels))
     return {"run": str(run), "data": data, "part": part, **accuracy_of(logits, labels, cfg["label_names"])}
 
 
@@ -196,7 +198,7 @@ def predict(
     readable, reasons = read_all(images, image_mode(cfg["input_size"][0]), strict)
     predictions: dict[str, list[dict[str, Any]]] = {}
     if len(readable):
-        batches = evaluation_batches(readable, cfg)
+        batches = evaluation_batches(readable, cfg, strict)
         logits, _ = logits_of(model, batches)
         reasons |= dict.fromkeys(batches.unreadable(), "broken")
         read = [name for name in readable.names if name not in reasons]

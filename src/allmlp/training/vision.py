@@ -23,7 +23,7 @@ from allmlp.checkpoints.training_checkpoints import checkpoint_step
 from allmlp.data import as_is
 from allmlp.data.image_batches import ImageBatches, training_transform
 from allmlp.data.image_stream import ImageStream
-from allmlp.data.images import ImageData, load_images
+from allmlp.data.images import ImageData, load_images, tell_left_out
 from allmlp.data.labelled_images import LabelledImages
 from allmlp.data.sampling import IGNORED
 from allmlp.data.shards import Share
@@ -122,7 +122,7 @@ def train(recipe: VisionRecipe, output: str | Path, *, resume: bool = False, ove
     resume_from = prepare_output(output, recipe, wrapped, resume=resume, overwrite=overwrite)
     cfg = model.pretrained_cfg
     training = training_batches(recipe, data, cfg)
-    held_out = evaluation_batches(data.validation, cfg)
+    held_out = evaluation_batches(data.validation, cfg, recipe.strict)
     workers = useful_workers(data) if recipe.workers is None else recipe.workers
     _log.info(
         "%s, %s parameters, %s: %s images to train on, %s held out, %d classes, %s",
@@ -153,7 +153,7 @@ def train(recipe: VisionRecipe, output: str | Path, *, resume: bool = False, ove
     wrapped = engine.run()
     if not engine.is_world_process_zero():
         return {}
-    return _finish(engine, wrapped, data, training, held_out, output, workers)
+    return _finish(recipe, engine, wrapped, data, training, held_out, output, workers)
 
 
 def summary(metrics: dict[str, Any], output: Path) -> str:
@@ -323,6 +323,7 @@ def _metrics(prediction: Any) -> dict[str, float]:
 
 
 def _finish(
+    recipe: VisionRecipe,
     engine: Engine,
     wrapped: Any,
     data: ImageData,
@@ -335,9 +336,8 @@ def _finish(
     run_directory.save_classifier(wrapped, output)
     model = wrapped.timm_model
     logits, labels = logits_of(model, held_out, workers=workers)
-    unreadable = [*data.unreadable, *training.unreadable(), *held_out.unreadable()]
-    if len(unreadable) > len(data.unreadable):
-        _log.warning("%d images turned out broken and were left out: %s", len(unreadable), ", ".join(unreadable[:5]))
+    turned_out = [*training.unreadable(), *held_out.unreadable()]
+    tell_left_out(recipe.data, turned_out, len(labels))
     metrics: dict[str, Any] = {
         "task": VisionRecipe.task,
         **accuracy_of(logits, labels, data.classes),
@@ -347,7 +347,7 @@ def _finish(
         "training_seconds": round(engine.progress.seconds, 1),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "precision": "bf16" if engine.args.bf16 else "fp32",
-        "unreadable_images": unreadable,
+        "unreadable_images": [*data.unreadable, *turned_out],
         "surroundings": surroundings(),
         **engine.course,
     }
