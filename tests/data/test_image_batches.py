@@ -112,11 +112,20 @@ def test_images_that_turn_out_broken_are_named_and_do_not_count() -> None:
     assert training.unreadable() == ["image 1"]
     with pytest.raises(UserError, match="image 1 cannot be read as an image: there is no such file"):
         ImageBatches(broken, training_transform(CFG), seed=0, strict=True, **settings).__getitems__([0, 1])
-    with pytest.raises(UserError, match="A whole batch cannot be read; the first of it: image 1"):
-        training.__getitems__([1])
+    alone = training.__getitems__([1])
+    assert (alone["labels"].tolist(), alone["names"]) == ([IGNORED], [])
+    assert alone["pixel_values"].shape == (1, 3, 8, 8)
     evaluation = ImageBatches(broken, evaluation_transform(CFG), **settings)
     assert evaluation.__getitems__([0, 1, 2])["labels"].tolist() == [0, IGNORED, 2]
     assert evaluation.unreadable() == ["image 1"]
+
+
+def test_images_to_train_on_of_which_none_can_be_read_are_refused() -> None:
+    broken = LabelledImages(sources=["/no/such.png"] * 3, labels=np.arange(3), names=["image 0", "image 1", "image 2"])
+    training = ImageBatches(broken, training_transform(CFG), mean=CFG["mean"], std=CFG["std"], seed=0)
+    assert training.__getitems__([2, 0])["labels"].tolist() == [IGNORED]
+    with pytest.raises(UserError, match=r"None of the images to train on can be read, such as image 1\."):
+        training.__getitems__([1])
 
 
 def test_workers_report_what_they_found_broken() -> None:

@@ -342,6 +342,19 @@ def test_a_picture_that_breaks_off_is_left_out_or_refused(tmp_path: Path, monkey
         training.train(tiny_recipe(tmp_path, strict=True), tmp_path / "strict")
 
 
+def test_a_picture_alone_in_its_batch_may_be_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_data, "MEMORY_LIMIT", 0)
+    write_classes(tmp_path / "pictures" / "train", each=2)
+    write_classes(tmp_path / "pictures" / "val", each=1)
+    broken = tmp_path / "pictures" / "train" / "red" / "01.png"
+    broken.write_bytes(broken.read_bytes()[:200])
+    metrics = training.train(tiny_recipe(tmp_path, batch_size=1, epochs=1, mixup=0.2), tmp_path / "run")
+    assert (metrics["steps"], metrics["unreadable_images"]) == (6, [str(broken)])
+    losses = [entry["loss"] for entry in metrics["history"] if "loss" in entry]
+    assert sorted(losses)[0] == 0
+    assert sorted(losses)[1] > 0.1
+
+
 def test_a_held_out_picture_that_breaks_off_is_left_out_or_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -40,6 +40,7 @@ class BatchMaker:
 
     Args:
         transform: from a PIL image to uint8 pixels of the model's size.
+        count: how many images there are.
         mean: subtracted from the pixels (after scaling them to 0…1), per channel.
         std: divides them then, per channel.
         mix: mixup and cutmix, drawn once per batch; a batch of odd length stays as it is.
@@ -52,6 +53,7 @@ class BatchMaker:
         self,
         transform: ImageTransform,
         *,
+        count: int,
         mean: Sequence[float],
         std: Sequence[float],
         mix: Mixup | None = None,
@@ -64,25 +66,26 @@ class BatchMaker:
         self.shift = 255 * torch.tensor(mean).view(-1, 1, 1)
         self.scale = 1 / (255 * torch.tensor(std).view(-1, 1, 1))
         self.epoch = 0
+        # Shared with the worker processes, which are the ones to find out.
+        self.broken = torch.zeros(count, dtype=torch.bool).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
         """Draw other augmentations from here on."""
         self.epoch = epoch
 
-    def make_batch(self, images: Sequence[tuple[int, Source, int, str]]) -> tuple[dict[str, Any], list[int]]:
-        """A batch of images; and the numbers of those that cannot be read.
+    def make_batch(self, images: Sequence[tuple[int, Source, int, str]]) -> dict[str, Any]:
+        """A batch of images; those that cannot be read are `broken` from then on.
 
         Args:
-            images: each as its number, itself, its class and its name. Of no images the batch is one blank image whose
-                label does not count.
+            images: each as its number, itself, its class and its name. Where there are none, or none to train on that
+                can be read, the batch is one blank image whose label does not count.
 
         Raises:
-            UserError: `strict`, and an image cannot be read; or none of the images to train on can be.
+            UserError: `strict`, and an image cannot be read; or none of all the images to train on can be.
         """
         pixels: list[UInt8[Tensor, "c h w"]] = []
         labels: list[int] = []
         names: list[str] = []
-        broken: list[int] = []
         with contextlib.nullcontext() if self.seed is None else _random_state_kept():
             for number, source, label, name in images:
                 self._reseed(number, 0)
@@ -91,17 +94,17 @@ class BatchMaker:
                 except UnreadableImage as error:
                     if self.strict:
                         raise UserError(f"{name} cannot be read as an image: {error}") from error
-                    broken.append(number)
+                    self.broken[number] = True
                     if self.seed is not None:
                         continue
                     pixels.append(self._blank())
                     label = IGNORED
                 labels.append(label)
                 names.append(name)
-            if not images:
-                pixels, labels = [self._blank()], [IGNORED]
             if not pixels:
-                raise UserError(f"A whole batch cannot be read; the first of it: {images[0][3]}.")
+                if images and self.broken.all():
+                    raise UserError(f"None of the images to train on can be read, such as {images[0][3]}.")
+                pixels, labels = [self._blank()], [IGNORED]
             x_BCHW, targets = self.normalised(torch.stack(pixels)), torch.tensor(labels)
             if images:
                 self._reseed(images[0][0], 1)
@@ -109,7 +112,7 @@ class BatchMaker:
                 x_BCHW, targets = self.mix(x_BCHW, targets)
             if self.erase is not None:
                 x_BCHW = self.erase(x_BCHW)
-        return {"pixel_values": x_BCHW, "labels": targets, NAMES: names}, broken
+        return {"pixel_values": x_BCHW, "labels": targets, NAMES: names}
 
     def normalised(self, pixels: UInt8[Tensor, "*batch c h w"]) -> Float[Tensor, "*batch c h w"]:
         """(pixels / 255 - mean) / std."""
@@ -137,10 +140,8 @@ class ImageBatches(BatchMaker, Dataset):
     """
 
     def __init__(self, images: LabelledImages, transform: ImageTransform, **settings: Any):
-        super().__init__(transform, **settings)
+        super().__init__(transform, count=len(images), **settings)
         self.images = images
-        # Shared with the worker processes, which are the ones to find out.
-        self.broken = torch.zeros(len(images), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -155,9 +156,7 @@ class ImageBatches(BatchMaker, Dataset):
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Any]:
         images = self.images
         chosen = [(int(i), images.sources[i], int(images.labels[i]), images.names[i]) for i in indices]
-        batch, broken = self.make_batch(chosen)
-        self.broken[broken] = True
-        return batch
+        return self.make_batch(chosen)
 
 
 def evaluation_transform(cfg: Mapping[str, Any]) -> ImageTransform:

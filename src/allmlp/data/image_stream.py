@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch.utils.data import IterableDataset
 
 from allmlp.data.image_batches import BatchMaker, ImageTransform
@@ -36,10 +35,8 @@ class ImageStream(BatchMaker, IterableDataset):
         seed: int,
         **settings: Any,
     ):
-        super().__init__(transform, seed=seed, **settings)
+        super().__init__(transform, count=len(images), seed=seed, **settings)
         self.images, self.share, self.buffer = images, share, buffer
-        # Shared with the worker processes, which are the ones to find out.
-        self.broken = torch.zeros(len(images), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         """The batches of an epoch."""
@@ -63,9 +60,7 @@ class ImageStream(BatchMaker, IterableDataset):
         rows = self.images.shards.rows(whole, order.tolist())
         drawn = shuffled(rows, self.buffer, np.random.default_rng((*seed, whole.start)))
         for part in parts:
-            batch, broken = self.make_batch(self._examples(drawn, len(part)))
-            self.broken[broken] = True
-            yield batch
+            yield self.make_batch(self._examples(drawn, len(part)))
 
     def _examples(self, rows: Iterator[Row], count: int) -> Sequence[tuple[int, Any, int, str]]:
         return [self.images.example(next(rows)) for _ in range(count)]

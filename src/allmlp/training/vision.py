@@ -58,7 +58,9 @@ class VisionEngine(Engine):
         labels = [batch["labels"] for batch in batch_samples]
         counts = [len(part) if part.ndim == 2 else int((part != IGNORED).sum()) for part in labels]
         count = torch.tensor(sum(counts), device=device)
-        return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
+        count = self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
+        # Of a step in which no image can be read the loss is 0, not 0 / 0.
+        return count.clamp(min=1)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
