@@ -198,6 +198,21 @@ def test_folders_without_class_folders_are_refused(tmp_path: Path) -> None:
         image_sources.find(str(tmp_path))
 
 
+def test_hidden_files_and_those_of_hidden_folders_are_no_images(tmp_path: Path) -> None:
+    root = write_classes(tmp_path / ".data", each=2)
+    for hidden in ("red/.ipynb_checkpoints/00-checkpoint.png", "red/._00.png", "red/more/.x/y/00.png", ".git/00.png"):
+        (root / hidden).parent.mkdir(parents=True, exist_ok=True)
+        (root / hidden).write_bytes((root / "red" / "00.png").read_bytes())
+    (root / "red" / "more" / "00.png").write_bytes((root / "red" / "00.png").read_bytes())
+    classes, splits = image_sources.find(str(root))
+    assert classes == tuple(COLOURS)
+    assert [Path(name).relative_to(root / "red") for name in splits["train"].names if "/red/" in name] == [
+        Path("00.png"),
+        Path("01.png"),
+        Path("more/00.png"),
+    ]
+
+
 def test_validation_may_not_have_classes_of_its_own(tmp_path: Path) -> None:
     write_classes(tmp_path / "train", names=("red", "blue"))
     write_classes(tmp_path / "test")

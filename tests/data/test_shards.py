@@ -144,6 +144,15 @@ def test_splits_are_told_from_names(tmp_path: Path) -> None:
         find_shards("memory://nothing")
 
 
+def test_hidden_files_are_no_shards(tmp_path: Path) -> None:
+    folder = tmp_path / ".cache" / "photos"
+    for name in ("0.tar", "._0.tar", ".old/1.tar"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    for data in (folder, folder / "*.tar", folder / "**" / "*.tar", folder / "0.tar"):
+        assert find_shards(str(data)) == {"train": (str(folder / "0.tar"),)}
+
+
 def test_a_word_for_training_wins(tmp_path: Path) -> None:
     for name in ("train-dev-0", "val-0"):
         (tmp_path / f"{name}.tar").touch()

@@ -63,6 +63,15 @@ def test_a_folder_of_texts_has_separate_documents(tmp_path) -> None:
     assert (list(first), list(last)) == (["one", "two"], [""])
 
 
+def test_hidden_files_and_those_of_hidden_folders_are_no_texts(tmp_path) -> None:
+    write_text(tmp_path / "a.txt", "seen")
+    for name in ("._a.txt", ".ipynb_checkpoints/a.txt", "more/.x/a.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"\x00\x05\xb0")
+    write_text(tmp_path / "more" / "b.txt", "too")
+    assert list(find_texts(str(tmp_path))["train"]) == ["seen", "too"]
+
+
 def test_what_is_no_table_has_no_columns(tmp_path) -> None:
     path = write_text(tmp_path / "a.txt", "one")
     for data in (path, str(tmp_path), STDLIB):

@@ -168,6 +168,8 @@ def test_predictions_name_the_likeliest_classes(run: Path, tmp_path: Path) -> No
     (tmp_path / "text.jpg").write_text("no image")
     (tmp_path / "._red.png").write_text("what macOS adds")
     (tmp_path / "folder.png").mkdir()
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    picture("red").save(tmp_path / ".ipynb_checkpoints" / "red-checkpoint.png")
     found = predict(str(run), [str(tmp_path)], top_k=2)
     assert [Path(entry["file"]).name for entry in found] == ["blue.png", "red.png", "text.jpg"]
     for entry, name in zip(found[:2], ("blue", "red"), strict=True):

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from allmlp._version import __version__
+from allmlp.data import is_hidden, visible_files
 from allmlp.data.labelled_images import SUFFIXES, LabelledImages
 from allmlp.data.shards import (
     KINDS,
@@ -95,9 +96,7 @@ def folder(path: Path) -> Found:
             raise UserError(f"{root} holds classes that {roots['train']} does not: {', '.join(unknown)}.")
         files, labels = [], []
         for label, name in enumerate(classes):
-            found = sorted(
-                file for file in (root / name).rglob("*") if file.is_file() and not file.name.startswith(".")
-            )
+            found = visible_files(root / name)
             if not found and split_name == "train":
                 raise UserError(f"Class '{name}' has no image: {root / name} is empty.")
             files += found
@@ -345,7 +344,7 @@ def _class_folders(root: Path) -> list[str]:
     if not root.is_dir():
         raise UserError(f"There is no folder {root}.")
     children = sorted(root.iterdir())
-    classes = [child.name for child in children if child.is_dir() and not child.name.startswith(".")]
+    classes = [child.name for child in children if child.is_dir() and not is_hidden(child.relative_to(root))]
     if not classes:
         what = "holds files, but no class folders to label them" if children else "is empty"
         raise UserError(f"{root} {what}; images go into one folder per class.")

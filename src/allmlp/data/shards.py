@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import get_worker_info
 
+from allmlp.data import is_hidden
 from allmlp.data.labelled_images import SUFFIXES
 from allmlp.errors import UserError, shown
 
@@ -202,17 +203,18 @@ def find_shards(data: str) -> dict[str, tuple[str, ...]]:
         if not remote:
             return {}
         raise UserError(f"{data} cannot be read: {str(error).strip() or type(error).__name__}") from error
-    files = sorted(file for file in found if file.endswith(KINDS))
+    base = (root.rstrip("/") if system.isdir(root) else root.partition("*")[0].rpartition("/")[0]) + "/"
+    names = {file: file.removeprefix(base) for file in found}
+    files = sorted(file for file in found if file.endswith(KINDS) and not is_hidden(PurePosixPath(names[file])))
     if not files:
         if remote:
             raise UserError(f"{data} holds no shards, neither .parquet nor .tar files.")
         return {}
     if len({PurePosixPath(file).suffix for file in files}) > 1:
         raise UserError(f"{data} holds both .parquet and .tar files; name those that are meant.")
-    base = root.rstrip("/") + "/" if system.isdir(root) else root.rpartition("/")[0] + "/"
     splits: dict[str, list[str]] = {}
     for file in files:
-        words = re.split(r"[^a-z]+", file.removeprefix(base).lower())
+        words = re.split(r"[^a-z]+", names[file].lower())
         held_out = next((name for name in VALIDATION_NAMES if name in words), None)
         split = "train" if held_out is None or any(word in TRAIN_NAMES for word in words) else held_out
         splits.setdefault(split, []).append(system.unstrip_protocol(file) if remote else file)

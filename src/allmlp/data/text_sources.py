@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from allmlp.data import visible_files
 from allmlp.data.image_sources import broken_shard
 from allmlp.data.shards import (
     KINDS,
@@ -247,7 +248,7 @@ def _text_file(path: Path) -> TextFile:
 
 
 def _text_folder(path: Path, data: str) -> Documents:
-    files = sorted(file for file in path.rglob("*.txt") if file.is_file())
+    files = [file for file in visible_files(path) if file.suffix == ".txt"]
     if not files:
         raise UserError(f"{path} holds neither .txt nor {' nor '.join(KINDS)} files.")
     return Documents(texts=files, name=data)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from allmlp.checkpoints import run_directory
 from allmlp.checkpoints.timm_models import TimmModel
-from allmlp.data import as_is, image_sources
+from allmlp.data import as_is, image_sources, visible_files
 from allmlp.data.image_batches import ImageBatches, evaluation_transform
 from allmlp.data.images import image_mode, load_validation, read_all, tell_left_out
 from allmlp.data.labelled_images import SUFFIXES, LabelledImages
@@ -313,9 +313,7 @@ def named_files(files: Sequence[str], suffixes: Container[str], what: str) -> li
     for file in files:
         path = Path(file)
         if path.is_dir():
-            # Hidden files, such as macOS adds, are none.
-            visible = (child for child in path.rglob("*") if child.is_file() and not child.name.startswith("."))
-            inside = sorted(child for child in visible if child.suffix.lower() in suffixes)
+            inside = [child for child in visible_files(path) if child.suffix.lower() in suffixes]
             if not inside:
                 raise UserError(f"{file} holds no {what}.")
             paths += inside
