@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from allmlp.data import as_is, image_sources
+from allmlp.data import as_is, image_sources, shards
 from allmlp.data.image_batches import evaluation_transform
 from allmlp.data.image_stream import ImageStream
 from allmlp.data.images import load_images
@@ -371,6 +371,25 @@ def test_streamed_validation_may_lack_classes(tmp_path: Path) -> None:
         pq.write_table(pa.Table.from_pylist(rows, schema), tmp_path / f"{split}-0.parquet")
     data = load_images(str(tmp_path), streaming=True)
     assert [data.classes[label] for label in data.validation.labels] == ["c", "b"]
+
+
+def test_a_group_of_rows_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = [np.random.default_rng(number).bytes(2**15) for number in range(256)]
+    table = pa.table({"image": images, "label": [0, 1] * 128})
+    pq.write_table(table, tmp_path / "t.parquet", use_dictionary=False, data_page_size=2**15, write_batch_size=1)
+    assert pq.read_metadata(tmp_path / "t.parquet").num_row_groups == 1
+    asked = []
+
+    class Counted(io.FileIO):
+        def read(self, size: int = -1) -> bytes:
+            asked.append(size)
+            return super().read(size)
+
+    monkeypatch.setattr(shards, "_opened", Counted)
+    rows = Shards(files=(str(tmp_path / "t.parquet"),), sizes=(256,), columns=("image", "label")).rows(range(256))
+    assert [row.values["image"] for row in rows] == images
+    assert sum(asked) > 256 * 2**15
+    assert max(asked) <= 2**21
 
 
 def test_equal_names_in_two_folders_of_a_tar_file_are_two_rows(tmp_path: Path) -> None:

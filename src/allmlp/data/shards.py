@@ -27,6 +27,7 @@ TRAIN_NAMES = ("train", "training")
 VALIDATION_NAMES = ("validation", "valid", "val", "dev", "test", "eval")
 INFO, CLASS_NAMES = "_info.json", "classnames.txt"
 _ROWS = 64
+_BUFFER = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,7 +342,8 @@ def _parquet_rows(file: str, columns: Sequence[str], start: int) -> Iterator[Any
     import pyarrow.parquet as pq
 
     with _opened(file) as stream, _readable(file):
-        table = pq.ParquetFile(stream)
+        # Or it would read all of a column that a group of rows has, which may be gigabytes of images.
+        table = pq.ParquetFile(stream, buffer_size=_BUFFER, pre_buffer=False)
         for group in range(table.num_row_groups):
             size = table.metadata.row_group(group).num_rows
             if start >= size:
