@@ -173,6 +173,15 @@ def test_a_padded_crop_shifts_each_side_by_an_eighth_of_it() -> None:
     assert (shift.size, shift.padding) == ((8, 32), (4, 1))
 
 
+@pytest.mark.parametrize("policy", [None, "rand-m9-mstd0.5-inc1", "original", "3a", "augmix-m5-w3"])
+def test_colours_are_jittered_beside_any_policy(policy: str | None) -> None:
+    steps = training_transform(CFG, color_jitter=0.3, auto_augment=policy).transforms
+    (jitter,) = [step for step in steps if type(step).__name__ == "ColorJitter"]
+    assert jitter.brightness == (0.7, 1.3)
+    steps = training_transform(CFG, auto_augment=policy).transforms
+    assert "ColorJitter" not in [type(step).__name__ for step in steps]
+
+
 def test_settings_of_the_augmentation_arrive() -> None:
     steps = {type(step).__name__: step for step in training_transform(CFG, crop_scale=0.4, hflip=0.125).transforms}
     assert steps["RandomHorizontalFlip"].p == 0.125

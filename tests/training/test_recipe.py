@@ -63,6 +63,9 @@ def test_text_from_the_command_line_and_yaml_becomes_the_fields_type(
         ({"epochs": -1}, "epochs is -1.0; it must be positive"),
         ({"ema": 1}, "ema is 1.0; it must be at least 0 and below 1"),
         ({"min_lr": 1e-4, "schedule": "linear"}, "min_lr is for the cosine; the schedule linear has no such end"),
+        ({"crop": "padded", "crop_scale": 0.3}, "crop_scale is for resized crops; crop is padded"),
+        ({"mix_prob": 0.5}, "mix_prob is for mixup and cutmix; both are off"),
+        ({"cutmix": 1, "mix_switch_prob": 0.3}, "mix_switch_prob is for mixup and cutmix together; one of them is off"),
         ({"min_lr": 0.5, "lr": 0.1}, "min_lr is 0.5; it must be at most lr, 0.1"),
         ({"batch_size": True}, "batch_size is True; it must be a whole number"),
         ({"compile": "maybe"}, "compile is 'maybe'; it must be true or false"),
@@ -78,6 +81,13 @@ def test_bad_values_are_named_with_what_is_allowed(given: dict[str, object], mes
     with pytest.raises(UserError) as caught:
         make_recipe(given, VisionRecipe)
     assert message in str(caught.value)
+
+
+def test_settings_that_have_an_effect_are_taken() -> None:
+    given = {"crop_scale": 0.3, "mixup": 0.8, "cutmix": 1.0, "mix_prob": 0.5, "mix_switch_prob": 0.3, "min_lr": 1e-5}
+    recipe = make_recipe(given, VisionRecipe)
+    assert {name: getattr(recipe, name) for name in given} == given
+    assert make_recipe({"cutmix": 1, "mix_prob": 0.5}, VisionRecipe).mix_prob == 0.5
 
 
 def test_a_tokenizer_is_named_or_trained() -> None:

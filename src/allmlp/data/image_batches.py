@@ -198,7 +198,7 @@ def training_transform(
         "interpolation": cfg.get("interpolation", "bilinear"),
         "scale": (crop_scale, 1.0),
         "hflip": hflip,
-        "color_jitter": color_jitter or None,
+        "color_jitter": None,
         "auto_augment": auto_augment,
     }
     try:
@@ -210,6 +210,9 @@ def training_transform(
         resize = evaluation_transform({**cfg, "crop_pct": 1.0}).transforms[:-1]
         shift = transforms.RandomCrop((height, width), padding=(width // 8, height // 8))
         transform.transforms[:1] = [*resize, shift]
+    # In front of the last step, which makes a tensor; timm itself would leave it out beside most policies.
+    if color_jitter:
+        transform.transforms.insert(-1, transforms.ColorJitter(*[color_jitter] * 3))
     _keep_a_bit(transform)
     return transform
 

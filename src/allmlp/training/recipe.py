@@ -90,8 +90,8 @@ class Recipe:
         self._require("at least 0", lambda v: v >= 0, "workers", "adam_eps")
         self._require("from 0 to 4294967295", lambda v: 0 <= v < 2**32, "seed")
         self._require("at least 0 and below 1", lambda v: 0 <= v < 1, "ema", "beta1", "beta2")
-        if self.min_lr and self.schedule != "cosine":
-            raise UserError(f"min_lr is for the cosine; the schedule {self.schedule} has no such end.")
+        if self.schedule != "cosine":
+            self._refuse_idle("min_lr", f"the cosine; the schedule {self.schedule} has no such end")
         self._require(f"at most lr, {self.lr}", lambda v: v <= self.lr, "min_lr")
 
     def _require(self, rule: str, holds: Callable[[Any], bool], *names: str) -> None:
@@ -99,6 +99,11 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and not holds(value):
                 raise UserError(f"{name} is {shown(value)}; it must be {rule}.")
+
+    def _refuse_idle(self, name: str, purpose: str) -> None:
+        """Refuse a value, other than the default, that would have no effect."""
+        if getattr(self, name) != getattr(type(self), name):
+            raise UserError(f"{name} is for {purpose}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,6 +147,12 @@ class VisionRecipe(Recipe):
         self._require("above 0 and below 1", lambda v: 0 < v < 1, "holdout")
         self._require("at least 0 and below 1", lambda v: 0 <= v < 1, "label_smoothing", "drop", "drop_path")
         self._require("at least 0", lambda v: v >= 0, "color_jitter", "mixup", "cutmix")
+        if self.crop != "resized":
+            self._refuse_idle("crop_scale", f"resized crops; crop is {self.crop}")
+        if not (self.mixup or self.cutmix):
+            self._refuse_idle("mix_prob", "mixup and cutmix; both are off")
+        if not (self.mixup and self.cutmix):
+            self._refuse_idle("mix_switch_prob", "mixup and cutmix together; one of them is off")
         sides = self.img_size if isinstance(self.img_size, tuple) else (self.img_size,)
         if any(side is not None and side < 1 for side in sides):
             raise UserError(f"img_size is {self.img_size}; it must be positive.")
