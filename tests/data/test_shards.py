@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -92,6 +93,23 @@ def test_a_process_left_without_examples_gets_a_batch_that_does_not_count(tmp_pa
     assert [len(batch["names"]) for batch in one] == [2, 0]
     assert [len(batch["names"]) for batch in other] == [2, 1]
     assert one[1]["labels"].tolist() == [IGNORED]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
+@pytest.mark.parametrize("workers", [0, 2, 3])
+def test_batches_to_skip_are_not_made_and_the_others_stay(tmp_path: Path, workers: int) -> None:
+    write_tars(tmp_path, SIZES)
+    stream = _stream(tmp_path, batch_size=7)
+    whole = _epoch(stream, workers)
+    # Which no number of workers above one shares out evenly.
+    assert len(whole) == 7
+    for skip in (0, 1, 3, 4, 6, 7):
+        stream.skip = skip
+        rest = _epoch(stream, workers)
+        assert rest[:skip] == [None] * skip
+        assert _names(rest[skip:]) == _names(whole[skip:])
+        for batch, expected in zip(rest[skip:], whole[skip:], strict=True):
+            assert torch.equal(batch["pixel_values"], expected["pixel_values"])
 
 
 def test_the_order_follows_seed_and_epoch(tmp_path: Path) -> None:

@@ -14,12 +14,15 @@ import timm
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import get_worker_info
 
 import allmlp
+from allmlp.data import image_batches
 from allmlp.data.images import load_images
 from allmlp.errors import Interrupted, UserError
 from allmlp.training import callbacks, vision
 from allmlp.training.recipe import VisionRecipe, make_recipe, read_settings
+from tests.data.shards import write_tars
 from tests.pictures import write_classes
 from tests.training.tiny import tiny_recipe
 
@@ -122,6 +125,42 @@ def test_an_interrupted_training_resumes_exactly(
         rtol=0,
         atol=0,
     )
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_goes_on_without_making_the_batches_behind_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    write_tars(tmp_path / "tars", (11, 13, 16))
+    write_tars(tmp_path / "tars", (6,), "val")
+    settings = {
+        "batch_size": 4,
+        "accumulate": 2,
+        "eval_every": 4,
+        "workers": workers,
+        "shuffle_buffer": 5,
+        "mixup": 0.5,
+    }
+    recipe = tiny_recipe(tmp_path, data=str(tmp_path / "tars"), **settings)
+    whole = vision.train(recipe, tmp_path / "whole")
+    assert whole["steps"] == 10
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    shutil.rmtree(tmp_path / "parts" / "checkpoint-10")
+    # Counted by each worker for itself.
+    decoded = torch.zeros(2).share_memory_()
+    decode = image_batches.decode
+
+    def counted(source: Any, mode: str) -> Any:
+        decoded[getattr(get_worker_info(), "id", 0)] += isinstance(source, dict)
+        return decode(source, mode)
+
+    monkeypatch.setattr(image_batches, "decode", counted)
+    resumed = vision.train(recipe, tmp_path / "parts", resume=True)
+    # Of the second epoch's five steps of eight images three were taken.
+    assert decoded.sum() == 16
+    assert _course(resumed) == _course(whole)
+    weights = [load_file(tmp_path / run / "model.safetensors") for run in ("parts", "whole")]
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
 
 
 def test_a_finished_run_that_is_resumed_stays_as_it_is(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:

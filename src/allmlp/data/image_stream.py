@@ -23,6 +23,10 @@ class ImageStream(BatchMaker, IterableDataset):
         buffer: images that each worker shuffles at a time.
         seed: seed of the order and of the augmentation.
         settings: further arguments of `BatchMaker`.
+
+    Attributes:
+        skip: how many batches of an epoch are not made: None stands in their place, for a training that goes on from
+            behind them.
     """
 
     def __init__(
@@ -37,6 +41,7 @@ class ImageStream(BatchMaker, IterableDataset):
     ):
         super().__init__(transform, count=len(images), seed=seed, **settings)
         self.images, self.share, self.buffer = images, share, buffer
+        self.skip = 0
 
     def __len__(self) -> int:
         """The batches of an epoch."""
@@ -50,7 +55,7 @@ class ImageStream(BatchMaker, IterableDataset):
         found = zip(numbers, places.tolist(), strict=True)
         return [f"{shards.files[place]} row {number - shards.starts[place]}" for number, place in found]
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[dict[str, Any] | None]:
         seed = (int(self.seed or 0), self.epoch)
         order = np.random.default_rng(seed).permutation(len(self.images.shards.files))
         parts = self.share.parts()
@@ -59,8 +64,10 @@ class ImageStream(BatchMaker, IterableDataset):
         whole = range(parts[0].start, parts[-1].stop)
         rows = self.images.shards.rows(whole, order.tolist())
         drawn = shuffled(rows, self.buffer, np.random.default_rng((*seed, whole.start)))
-        for part in parts:
-            yield self.make_batch(self._examples(drawn, len(part)))
+        skipped = self.share.among_first(self.skip)
+        for place, part in enumerate(parts):
+            examples = self._examples(drawn, len(part))
+            yield None if place < skipped else self.make_batch(examples)
 
     def _examples(self, rows: Iterator[Row], count: int) -> Sequence[tuple[int, Any, int, str]]:
         return [self.images.example(next(rows)) for _ in range(count)]

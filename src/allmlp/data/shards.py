@@ -155,11 +155,23 @@ class Share:
     def parts(self) -> list[range]:
         """The places, in the epoch's order, of each batch of this worker."""
         first, last = (self.examples * end // self.processes for end in (self.process, self.process + 1))
-        worker = get_worker_info()
-        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        batches = range(self.batches * number // workers, self.batches * (number + 1) // workers)
-        starts = (first + batch * self.batch_size for batch in batches)
+        starts = (first + batch * self.batch_size for batch in self._batches_of(*_worker()))
         return [range(min(start, last), min(start + self.batch_size, last)) for start in starts]
+
+    def among_first(self, batches: int) -> int:
+        """How many of this worker's batches are among the first ones of its process, to which workers give in turn."""
+        number, workers = _worker()
+        turns = ((turn, worker) for worker in range(workers) for turn in range(len(self._batches_of(worker, workers))))
+        return sum(worker == number for _, worker in sorted(turns)[:batches])
+
+    def _batches_of(self, worker: int, workers: int) -> range:
+        return range(self.batches * worker // workers, self.batches * (worker + 1) // workers)
+
+
+def _worker() -> tuple[int, int]:
+    """The number of this worker among those that prepare data for the process, and how many they are."""
+    worker = get_worker_info()
+    return (worker.id, worker.num_workers) if worker else (0, 1)
 
 
 def shuffled(rows: Iterator[Row], buffer: int, random: np.random.Generator) -> Iterator[Row]:

@@ -76,6 +76,13 @@ class VisionEngine(Engine):
         loss = total * self.args.world_size / num_items_in_batch
         return (loss, outputs) if return_outputs else loss
 
+    def _run_epoch(self, *arguments: Any, **settings: Any) -> None:
+        if isinstance(self.train_dataset, ImageStream):
+            # The Trainer goes on inside an epoch by throwing away as many batches of it as were learnt from.
+            resumed = settings.get("epoch") == settings.get("epochs_trained")
+            self.train_dataset.skip = settings.get("steps_trained_in_current_epoch", 0) if resumed else 0
+        super()._run_epoch(*arguments, **settings)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         # A checkpoint is a run directory too: under timm's own names, and nothing pickled.
         if self.args.should_save:
