@@ -25,7 +25,7 @@ from allmlp.language import (
 )
 from allmlp.language.cache import CACHE
 from allmlp.language.modeling import GMLPBlock, sinusoids
-from allmlp.layers.spatial_gating import visible_tokens
+from allmlp.ops import visible_tokens
 from tests.fused import assert_fused_matches
 from tests.language.tiny import CONTEXT, OPTIONS, TOEPLITZ, VOCABULARY, tiny_config, tiny_model, tokens
 from tests.tolerances import assert_close

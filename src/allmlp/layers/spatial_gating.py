@@ -5,13 +5,12 @@ from collections.abc import Callable, Mapping
 from typing import Protocol, TypeGuard
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from allmlp.layers.recomputing import is_watched, linear_after, mapped, mapped_halves, mapped_onto
 from allmlp.layers.resampling import GridBound
-from allmlp.ops import normalized_spatial_gating, toeplitz_matrix, toeplitz_product
+from allmlp.ops import attention, normalized_spatial_gating, toeplitz_matrix, toeplitz_product
 from allmlp.ops.backends import takes_fused
 from allmlp.ops.execution import is_compiled_inference, is_plain_inference, is_plain_training
 from allmlp.ops.resampling import Grid, resample_read, resample_written
@@ -36,18 +35,6 @@ class Past(Protocol):
         ...
 
 
-def visible_tokens(
-    tokens: int, *, causal: bool, reach: int | None = None, device: torch.device | None = None
-) -> Bool[Tensor, "tokens tokens"]:
-    """Which token reads which: `[i, j]` is true where `|i − j| < reach` (None: no limit) and, if causal, `j ≤ i`."""
-    mask = torch.ones(tokens, tokens, dtype=torch.bool, device=device)
-    if causal:
-        mask = mask.tril()
-    if reach is not None:
-        mask = mask.triu(1 - reach).tril(reach - 1)
-    return mask
-
-
 class TinyAttention(nn.Module):
     """aMLP's single-head attention on a block's normalised input (gMLP paper, section 4.3 and figure 6).
 
@@ -58,11 +45,15 @@ class TinyAttention(nn.Module):
         out_channels: width of the gate the result is added to.
         size: width of queries, keys and values (64 in the paper's base models, 128 in large).
         causal: a token sees itself and earlier tokens only.
+        reach: a token sees those less than so many positions away; None: no limit.
     """
 
-    def __init__(self, channels: int, out_channels: int, size: int, *, causal: bool = False) -> None:
+    def __init__(
+        self, channels: int, out_channels: int, size: int, *, causal: bool = False, reach: int | None = None
+    ) -> None:
         super().__init__()
         self.causal = causal
+        self.reach = reach
         self.qkv = nn.Linear(channels, 3 * size, bias=False)
         self.proj = nn.Linear(size, out_channels)
 
@@ -70,6 +61,7 @@ class TinyAttention(nn.Module):
         self,
         x: Float[Tensor, "batch tokens channels"],
         mask: Bool[Tensor, "*rows #tokens tokens"] | None = None,
+        padding: Bool[Tensor, "batch tokens"] | None = None,
         past: Past | None = None,
     ) -> Float[Tensor, "batch tokens out"]:
         """Attend.
@@ -77,20 +69,18 @@ class TinyAttention(nn.Module):
         Args:
             x: the block's normalised input; with `past` that of the new tokens.
             mask: `mask[…, i, j]` true: token `i` sees token `j`. It takes the place of causality.
+            padding: false where there is no token: nobody sees it.
             past: the earlier tokens of sequences that are continued.
         """
         size = self.proj.in_features
         q, kv = mapped(self.qkv, x).split([size, 2 * size], dim=-1)
-        is_causal = self.causal and mask is None
         if past is not None:
             kept = past.append("attention", kv)
             if past.start:
-                kv, mask, is_causal = kept, past.visible, False
-        if mask is not None and mask.dim() == 3:
-            mask = mask.unsqueeze(1)
-        k, v = kv.unsqueeze(1).chunk(2, dim=-1)
-        y = F.scaled_dot_product_attention(q.unsqueeze(1), k, v, mask, is_causal=is_causal)
-        return mapped(self.proj, y.squeeze(1))
+                k, v = kept.chunk(2, dim=-1)
+                return mapped(self.proj, attention(q, k, v, past.visible))
+        k, v = kv.chunk(2, dim=-1)
+        return mapped(self.proj, attention(q, k, v, mask, padding, causal=self.causal, reach=self.reach))
 
 
 class SpatialGatingUnit(GridBound):
@@ -157,7 +147,9 @@ class SpatialGatingUnit(GridBound):
         )
         self.bias = nn.Parameter(torch.empty(heads, 1 if toeplitz else tokens))
         self.attention = (
-            TinyAttention(attention_channels, gate_channels, attention_size, causal=causal)
+            TinyAttention(
+                attention_channels, gate_channels, attention_size, causal=causal, reach=tokens if toeplitz else None
+            )
             if attention_size and attention_channels is not None
             else None
         )
@@ -210,7 +202,7 @@ class SpatialGatingUnit(GridBound):
         if self.attention is not None:
             if block_input is None:
                 raise ValueError("a spatial gating unit with tiny attention needs block_input, the normalised input")
-            residual = self.attention(block_input, self._attention_mask(tokens, mask, padding, v.device), past)
+            residual = self.attention(block_input, mask, padding, past)
         if mask is None and padding is None and past is None and self._is_plain():
             gate = normalized_projection(v, *self._plain_parameters(tokens), causal=self.causal)
             return finished_gate(gate, residual, self.gate_act)
@@ -275,18 +267,6 @@ class SpatialGatingUnit(GridBound):
         dense = not self.toeplitz
         weight = _leading(self.weight, tokens, 1, 2) if dense else toeplitz_matrix(self.weight, tokens)
         return weight if mask is None else weight * mask.unsqueeze(-3)
-
-    def _attention_mask(
-        self, tokens: int, mask: Tensor | None, padding: Tensor | None, device: torch.device
-    ) -> Tensor | None:
-        """Everything that keeps one token from seeing another, None where causality alone does."""
-        reach = self.tokens if self.toeplitz and tokens > self.tokens else None
-        if reach is not None or (self.causal and mask is None and padding is not None):
-            seen = visible_tokens(tokens, causal=self.causal and mask is None, reach=reach, device=device)
-            mask = seen if mask is None else mask & seen
-        if padding is not None:
-            mask = padding.unsqueeze(1) if mask is None else mask & padding.unsqueeze(1)
-        return mask
 
     def _decoding_rows(self, past: Past, new: int, read: int) -> tuple[Tensor, Tensor]:
         """The rows of `W` and `b` that belong to the new tokens, over the tokens they read."""

@@ -1,5 +1,6 @@
 """Functions on tensors: each operator's plain reference and, beside it, the form the layers use."""
 
+from allmlp.ops.attention import attention, attention_reference, visible_tokens
 from allmlp.ops.axial_shift import (
     axial_shift,
     axial_shift_linear,
@@ -39,6 +40,8 @@ from allmlp.ops.token_shift import token_shift
 
 __all__ = [
     "apply_gate",
+    "attention",
+    "attention_reference",
     "axial_shift",
     "axial_shift_linear",
     "axial_shift_linear_reference",
@@ -76,4 +79,5 @@ __all__ = [
     "token_linear",
     "token_linear_reference",
     "token_shift",
+    "visible_tokens",
 ]
