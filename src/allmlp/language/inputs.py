@@ -88,6 +88,8 @@ def read_masks(
 def refuse_packing(position_ids: Int[Tensor, "#batch tokens"] | None, attention_mask: Tensor | None) -> None:
     """Refuse positions that the model, which counts tokens itself, would not give them.
 
+    Compiled and traced models do not look, whose graphs cannot depend on numbers: there packed texts read each other.
+
     Args:
         position_ids: what the caller counted.
         attention_mask: 0 where there is padding, whose positions say nothing.

@@ -168,7 +168,7 @@ class GMLPModel(GMLPPreTrainedModel):
                 causality: a prefix language model's mask lets a causal model read its prefix in both directions.
             past_key_values: `cache` by its name in transformers before version 5.24.
             kwargs: what transformers passes to every model and this one has no use for. `position_ids` are counted
-                here; others than these are refused.
+                here; others than these are refused, but not in compiled and traced models, which cannot ask.
 
         Raises:
             UserError: if the input is no batch, there are no tokens, more than the context takes, or ids outside the
