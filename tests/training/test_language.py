@@ -1,9 +1,11 @@
 """Language training from recipe to run directory, and what a run directory knows."""
 
 import functools
+import gc
 import json
 import math
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import allmlp
 from allmlp import training
-from allmlp.checkpoints import run_directory
+from allmlp.checkpoints import pretrained, run_directory
 from allmlp.data.text_stream import Place, TokenStream
 from allmlp.data.tokenization import make_tokenizer
 from allmlp.errors import Interrupted, UserError
 from allmlp.language import GMLPForCausalLM, GMLPForMaskedLM, GMLPForSequenceClassification
 from allmlp.training import language_evaluation
 from allmlp.training.callbacks import Interruption
+from allmlp.training.engine import Engine
 from allmlp.training.language import build_model, parameter_groups, planned_config
 from allmlp.training.language_evaluation import evaluate, generate, predict
 from allmlp.training.language_report import evaluation_text
@@ -294,6 +297,31 @@ def test_fine_tuning_starts_from_the_weights_and_the_tokenizer(written, tmp_path
     assert {name for name in tuned if name not in former} == {"score.weight", "score.bias"}
     torch.testing.assert_close(tuned["model.norm.weight"], former["model.norm.weight"], rtol=0, atol=1e-6)
     assert (tmp_path / "classes/tokenizer.json").read_text() == (run / "tokenizer.json").read_text()
+
+
+@pytest.mark.parametrize("task", ["text-generation", "text-classification"])
+def test_the_model_to_start_from_is_gone_while_the_new_one_learns(written, tmp_path, monkeypatch, task) -> None:
+    starts, gone = [], []
+
+    def found(source: str) -> Any:
+        start = find(source)
+        starts.append(weakref.ref(start.model))
+        return start
+
+    def run(engine: Engine) -> Any:
+        gc.collect()
+        gone.extend(start() is None for start in starts)
+        raise Interrupted("Seen.")
+
+    find = pretrained.find_pretrained
+    monkeypatch.setattr(pretrained, "find_pretrained", found)
+    monkeypatch.setattr(Engine, "run", run)
+    settings = {"model": None, "model_args": {}, "start_from": str(written[0]), "max_steps": 1}
+    if task == "text-classification":
+        settings["data"] = write_table(tmp_path / "rows.csv", labelled())
+    with pytest.raises(Interrupted, match="Seen"):
+        training.train(recipe(tmp_path, task, **settings), tmp_path / "run")
+    assert gone == [True]
 
 
 def test_a_stopped_training_goes_on_where_it_was(tmp_path, monkeypatch) -> None:

@@ -1,11 +1,13 @@
 """Training image classifiers, from the recipe to the run directory."""
 
 import dataclasses
+import gc
 import json
 import logging
 import os
 import shutil
 import signal
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +232,31 @@ def test_fine_tuning_goes_on_from_the_weights(finished: tuple[Path, dict[str, An
     run, metrics = finished
     recipe = tiny_recipe(tmp_path, start_from=str(run), model=None, model_args={}, img_size=None, epochs=1, lr=1e-6)
     assert vision.train(recipe, tmp_path / "more")["loss"] == pytest.approx(metrics["loss"], rel=0.3)
+
+
+def test_the_model_to_start_from_is_gone_while_the_new_one_learns(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts: list[Any] = []
+    gone: list[bool] = []
+
+    def found(source: str) -> Any:
+        start = find(source)
+        starts.append(weakref.ref(start.model))
+        return start
+
+    def run(engine: vision.VisionEngine) -> Any:
+        gc.collect()
+        gone.extend(start() is None for start in starts)
+        raise Interrupted("Seen.")
+
+    find = vision.find_pretrained
+    monkeypatch.setattr(vision, "find_pretrained", found)
+    monkeypatch.setattr(vision.VisionEngine, "run", run)
+    recipe = tiny_recipe(tmp_path, start_from=str(finished[0]), model=None, model_args={}, img_size=None)
+    with pytest.raises(Interrupted, match="Seen"):
+        vision.train(recipe, tmp_path / "run")
+    assert gone == [True]
 
 
 def test_fine_tuning_at_another_size_resamples_the_weights(

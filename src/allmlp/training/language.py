@@ -87,11 +87,9 @@ def train(
         raise UserError("Nothing to train on: name the data.")
     refuse_output(output, recipe, resume=resume, overwrite=overwrite)
     set_seed(recipe.seed)
-    start = _start(recipe)
-    tokenizer = _given_tokenizer(recipe, start)
     if isinstance(recipe, TextClassificationRecipe):
-        return _train_classifier(recipe, output, start, tokenizer, resume, overwrite)
-    return _train_language_model(recipe, output, start, tokenizer, resume, overwrite)
+        return _train_classifier(recipe, output, resume, overwrite)
+    return _train_language_model(recipe, output, resume, overwrite)
 
 
 def summary(metrics: dict[str, Any], output: Path) -> str:
@@ -111,9 +109,8 @@ def summary(metrics: dict[str, Any], output: Path) -> str:
     )
 
 
-def _train_language_model(
-    recipe: LanguageRecipe, output: Path, start: Any, tokenizer: Any, resume: bool, overwrite: bool
-) -> dict[str, Any]:
+def _train_language_model(recipe: LanguageRecipe, output: Path, resume: bool, overwrite: bool) -> dict[str, Any]:
+    start, tokenizer = _start(recipe)
     load = streamed_text if recipe.streaming else functools.partial(load_text, holdout=recipe.holdout)
     data = load(
         str(recipe.data),
@@ -137,6 +134,8 @@ def _train_language_model(
     training = _training_windows(recipe, data, context, masking)
     held_out = TokenWindows(data.validation, context, masking=masking)
     model = build_model(recipe, config, start)
+    # A training takes memory enough without the model that it has begun with.
+    del start
     resume_from = prepare_output(
         output,
         recipe,
@@ -203,11 +202,10 @@ def _training_windows(
     )
 
 
-def _train_classifier(
-    recipe: TextClassificationRecipe, output: Path, start: Any, tokenizer: Any, resume: bool, overwrite: bool
-) -> dict[str, Any]:
+def _train_classifier(recipe: TextClassificationRecipe, output: Path, resume: bool, overwrite: bool) -> dict[str, Any]:
     if recipe.streaming:
         raise UserError("Texts with classes do not stream: leave --streaming out.")
+    start, tokenizer = _start(recipe)
     classes, train_texts, held_out_texts = load_labelled_texts(
         str(recipe.data),
         holdout=recipe.holdout,
@@ -221,6 +219,8 @@ def _train_classifier(
         )
     config = planned_config(recipe, start, tokenizer, classes)
     model = build_model(recipe, config, start)
+    # A training takes memory enough without the model that it has begun with.
+    del start
     context = recipe.context or config.max_position_embeddings
     training = TextBatches(train_texts, tokenizer, context)
     held_out = TextBatches(held_out_texts, tokenizer, context)
@@ -344,26 +344,20 @@ def parameter_groups(model: nn.Module, recipe: LanguageRecipe) -> list[dict[str,
     ]
 
 
-def _start(recipe: LanguageRecipe) -> Any:
+def _start(recipe: LanguageRecipe) -> tuple[Any, Any]:
+    """The model to start from and its tokenizer, or the one named for it; None where they are to be made."""
     if recipe.start_from is None:
-        return None
+        return None, None
     from allmlp.checkpoints.pretrained import find_pretrained
 
     model = find_pretrained(recipe.start_from).model
     if not isinstance(getattr(model, "config", None), GMLPConfig):
         raise UserError(f"{recipe.start_from} holds no language model.")
-    return model
-
-
-def _given_tokenizer(recipe: LanguageRecipe, start: Any) -> Any:
-    """The tokenizer of the run to start from, or the one named for it; None where one is to be made."""
-    if start is None:
-        return None
     if recipe.train_tokenizer is not None:
         raise UserError("A model to start from has its vocabulary: a tokenizer trained anew does not fit it.")
     if recipe.tokenizer is None:
-        return model_tokenizer(str(recipe.start_from), start)
-    return fitting_tokenizer(recipe.tokenizer, start)
+        return model, model_tokenizer(str(recipe.start_from), model)
+    return model, fitting_tokenizer(recipe.tokenizer, model)
 
 
 def _engine(

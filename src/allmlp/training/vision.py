@@ -127,6 +127,8 @@ def train(recipe: VisionRecipe, output: str | Path, *, resume: bool = False, ove
         streaming=recipe.streaming,
     )
     model = build_model(recipe, architecture, model_args, data.classes, start)
+    # A training takes memory enough without the model that it has begun with.
+    del start
     wrapped = run_directory.classifier(model, architecture, model_args, data.classes)
     resume_from = prepare_output(output, recipe, wrapped, resume=resume, overwrite=overwrite)
     cfg = model.pretrained_cfg
