@@ -284,6 +284,14 @@ class TestConvert:
         assert main(["convert", checkpoint, "--output", run]) == 1
         assert "holds a run already" in capsys.readouterr().err
 
+    def test_an_empty_list_of_classes_is_named(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        names = tmp_path / "names.txt"
+        names.touch()
+        command = ["convert", str(GOLDEN / "deit_resmlp" / "checkpoint.pth"), "--output", str(tmp_path / "run")]
+        assert main([*command, "--classes", str(names)]) == 1
+        assert f"{names} is empty; it should name the model's classes" in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
+
     def test_a_missing_fact_is_asked_for_and_taken(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         command = [
             "convert",

@@ -400,7 +400,9 @@ def _convert(options: argparse.Namespace) -> None:
 
     conversion.refuse_output(options.output, overwrite=options.overwrite)
     facts = dict(fact for given in options.facts for fact in given)
-    names = _lines(options.classes) if options.classes else None
+    names = None if options.classes is None else _lines(options.classes)
+    if names == []:
+        raise UserError(f"{options.classes} is empty; it should name the model's classes, one a line.")
     if options.checkpoint.startswith(pretrained.TIMM):
         if facts or options.source not in (None, "timm"):
             raise UserError("timm's own weights come with all that has to be known: leave --source and --set out.")

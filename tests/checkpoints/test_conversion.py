@@ -341,8 +341,11 @@ class TestRunDirectory:
                 parity.golden(GOLDEN / "timm_gmlp").convert(), tmp_path / "run", classes=[*"abcdefgh", " "]
             )
         language = parity.golden(GOLDEN / "lucidrains_causal_lm").convert()
-        with pytest.raises(UserError, match="no classes to be named"):
-            write_run_directory(language, tmp_path / "run", classes=["a"])
+        for classes in (["a"], []):
+            with pytest.raises(UserError, match="no classes to be named"):
+                write_run_directory(language, tmp_path / "run", classes=classes)
+        with pytest.raises(UserError, match="9 classes, but there are 0 names"):
+            write_run_directory(parity.golden(GOLDEN / "timm_gmlp").convert(), tmp_path / "run", classes=[])
         assert not (tmp_path / "run").exists()
 
     def test_names_may_stand_for_several_classes(self, tmp_path, caplog) -> None:

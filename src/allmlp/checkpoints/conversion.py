@@ -250,13 +250,14 @@ def write_run_directory(
     directory, model, architecture = Path(directory), conversion.model, conversion.architecture
     refuse_output(directory, overwrite=overwrite)
     if isinstance(architecture, LanguageArchitecture):
-        if classes:
+        if classes is not None:
             raise UserError("This is a language model: it has no classes to be named.")
         if tokenizer is not None:
             _end_texts_as(tokenizer, model)
         _replace(directory, lambda: run_directory.save_language(directory, model, tokenizer))
         return
-    names = classes or conversion.classes or [str(index) for index in range(architecture.num_classes)]
+    known = conversion.classes if classes is None else classes
+    names = [str(index) for index in range(architecture.num_classes)] if known is None else known
     if len(names) != architecture.num_classes:
         raise UserError(f"The model has {architecture.num_classes} classes, but there are {len(names)} names.")
     if not all(map(str.strip, names)):
