@@ -89,6 +89,27 @@ def test_misuse_exits_with_2(arguments: str, capsys: pytest.CaptureFixture[str])
     assert "usage: allmlp" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["convert", "x.pth", "--output", ""], "--output: must name a directory, got an empty name"),
+        (["train", "digits", "--output", " "], "--output: must name a directory, got an empty name"),
+        (["convert", "", "--output", "y"], "CHECKPOINT: must name a checkpoint, got an empty name"),
+        (["evaluate", "", "digits"], "RUN: must name a run directory, got an empty name"),
+        (["predict", "", "x.png"], "RUN: must name a run directory, got an empty name"),
+        (["generate", "", "--prompt", "x"], "RUN: must name a run directory, got an empty name"),
+    ],
+    ids=["convert to", "train to", "convert", "evaluate", "predict", "generate"],
+)
+def test_what_has_no_name_is_not_the_current_directory(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    assert left.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 def test_models_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models", "vip_*"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -237,13 +258,6 @@ GOLDEN = ROOT / "tests" / "golden"
 
 
 class TestConvert:
-    @pytest.mark.parametrize("command", ["convert", "train"])
-    def test_an_output_without_a_name_is_refused(self, command: str, capsys: pytest.CaptureFixture[str]) -> None:
-        with pytest.raises(SystemExit) as left:
-            main([command, "x.pth", "--output", ""])
-        assert left.value.code == 2
-        assert "--output: must name a directory" in capsys.readouterr().err
-
     def test_an_output_is_refused_before_anything_is_read(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:

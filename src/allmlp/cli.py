@@ -145,7 +145,7 @@ def _add_train(commands: Any) -> None:
     parser.add_argument(
         "--task", choices=RECIPES, default=argparse.SUPPRESS, help="what to learn (default: what the model is for)"
     )
-    parser.add_argument("--output", type=_folder, required=True, metavar="DIR", help="the run directory")
+    parser.add_argument("--output", type=_named("a directory"), required=True, metavar="DIR", help="the run directory")
     parser.add_argument("--recipe", metavar="FILE", help="hyper-parameters from a YAML file; flags win over it")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the run directory")
     parser.add_argument("--overwrite", action="store_true", help="replace a former run in the run directory")
@@ -217,7 +217,7 @@ def _add_evaluate(commands: Any) -> None:
     parser = _command(
         commands, "evaluate", _evaluate, "measure a run's accuracy, class by class, or a text's nats and bits"
     )
-    parser.add_argument("run_directory", metavar="RUN", help="a run directory")
+    parser.add_argument("run_directory", type=_named("a run directory"), metavar="RUN", help="a run directory")
     parser.add_argument(
         "data", nargs="?", metavar="DATA", help="as for train; of the run's own data (the default) the held-out part"
     )
@@ -297,7 +297,7 @@ def _refuse(options: argparse.Namespace, kind: str, names: Sequence[str]) -> Non
 
 def _add_predict(commands: Any) -> None:
     parser = _command(commands, "predict", _predict, "name the likeliest classes of images, or of texts")
-    parser.add_argument("run_directory", metavar="RUN", help="a run directory")
+    parser.add_argument("run_directory", type=_named("a run directory"), metavar="RUN", help="a run directory")
     parser.add_argument(
         "files", nargs="*", metavar="FILE", help="image files, or for a model of text text files; or folders of them"
     )
@@ -331,7 +331,7 @@ def _predict(options: argparse.Namespace) -> None:
 
 def _add_generate(commands: Any) -> None:
     parser = _command(commands, "generate", _generate, "let a language model write")
-    parser.add_argument("run_directory", metavar="RUN", help="a run directory")
+    parser.add_argument("run_directory", type=_named("a run directory"), metavar="RUN", help="a run directory")
     parser.add_argument(
         "--prompt", action="append", required=True, metavar="TEXT", help="how the text begins; may be repeated"
     )
@@ -370,11 +370,12 @@ def _add_convert(commands: Any) -> None:
     parser = _command(commands, "convert", _convert, "make a run directory of a public checkpoint")
     parser.add_argument(
         "checkpoint",
+        type=_named("a checkpoint"),
         metavar="CHECKPOINT",
         help="a .pth, .pt, .bin, .safetensors or .npz file, the .index.json of several, a directory with one of them, "
         "or timm:NAME",
     )
-    parser.add_argument("--output", type=_folder, required=True, metavar="DIR", help="the run directory")
+    parser.add_argument("--output", type=_named("a directory"), required=True, metavar="DIR", help="the run directory")
     parser.add_argument("--source", metavar="S", help="who saved it; found out where it is left away")
     parser.add_argument(
         "--set",
@@ -511,11 +512,16 @@ def _benchmark(options: argparse.Namespace) -> None:
             _answer(options, answer, lambda: table(result_table(results), right=(2, 3, 5, 6)))
 
 
-def _folder(text: str) -> str:
-    # pathlib takes an empty name, such as an unset variable's, for the current directory.
-    if not text.strip():
-        raise argparse.ArgumentTypeError("must name a directory, got an empty name")
-    return text
+def _named(what: str) -> Callable[[str], str]:
+    """The type of an argument that names something of this kind."""
+
+    def check(text: str) -> str:
+        # pathlib takes an empty name, such as an unset variable's, for the current directory.
+        if not text.strip():
+            raise argparse.ArgumentTypeError(f"must name {what}, got an empty name")
+        return text
+
+    return check
 
 
 def _count(text: str) -> int:
