@@ -158,6 +158,7 @@ def test_info_shows_layers_at_another_size(capsys: pytest.CaptureFixture[str]) -
         (["convert", "timm:mixer_b16_224", "--output", "{tmp}/run", "--set", "a=1"], "leave --source and --set out"),
         (["evaluate", "{tmp}", "digits"], "is no run directory: it has no config.json"),
         (["predict", "{tmp}/none", "a.png"], "There is no run directory"),
+        (["evaluate", __file__, "digits"], "test_cli.py is a file, no run directory"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value)[:50],
 )

@@ -142,6 +142,9 @@ def test_sizes_that_a_run_cannot_take_are_refused(saved: tuple[Path, torch.nn.Mo
 def test_directories_that_are_no_run_say_what_they_are(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="There is no run directory"):
         allmlp.load(tmp_path / "none")
+    (tmp_path / "own.pth").touch()
+    with pytest.raises(UserError, match=r"own\.pth is a file, no run directory\. .*allmlp\.convert reads it"):
+        allmlp.load(tmp_path / "own.pth")
     with pytest.raises(UserError, match=r"is no run directory: it has no config\.json"):
         allmlp.load(tmp_path)
     (tmp_path / "checkpoint-7").mkdir()

@@ -167,6 +167,11 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     """
     directory = Path(directory)
     path = directory / CONFIG
+    if directory.is_file():
+        raise UserError(
+            f"{directory} is a file, no run directory. If it is a checkpoint, allmlp.convert reads it, and allmlp "
+            "convert makes a run directory of it."
+        )
     if not directory.is_dir():
         raise UserError(f"There is no run directory {directory}.")
     if not path.is_file():
