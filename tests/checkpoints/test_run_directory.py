@@ -21,7 +21,7 @@ from allmlp.files import UNFINISHED
 from allmlp.language import GMLPForCausalLM, GMLPModel
 from tests.language.tiny import tiny_config
 from tests.pictures import picture
-from tests.vision.nano import NANO
+from tests.vision.nano import ANY_SIZE, NANO
 
 ARGUMENTS = {"img_size": 8, "patch_size": 4, "num_blocks": 2, "embed_dim": 16}
 CLASSES = ["cat", "dog", "wolf"]
@@ -137,6 +137,24 @@ def test_sizes_that_a_run_cannot_take_are_refused(saved: tuple[Path, torch.nn.Mo
     run_directory.save_classifier(wrapped, tmp_path / "theirs")
     with pytest.raises(UserError, match="theirs holds no image model of allmlp: its image size cannot be changed"):
         allmlp.load(tmp_path / "theirs", img_size=64)
+
+
+@pytest.mark.parametrize("name", NANO)
+def test_a_backbone_says_how_it_takes_another_size(name: str, tmp_path: Path) -> None:
+    arguments = {"features_only": True}
+    model = timm.create_model(name, **arguments).eval()
+    run_directory.save_classifier(run_directory.classifier(model, name, arguments, []), tmp_path)
+    with pytest.raises(UserError, match=rf"holds {name} wrapped for features") as refusal:
+        allmlp.load(tmp_path, img_size=64)
+    images = torch.randn(1, 3, 64, 64)
+    if name in ANY_SIZE:
+        assert "takes images of any size as it is" in str(refusal.value)
+        assert len(allmlp.load(tmp_path)(images)) == len(model.feature_info.channels())
+    else:
+        assert "timm.create_model(…, features_only=True, img_size=…)" in str(refusal.value)
+        larger = timm.create_model(name, features_only=True, img_size=64)
+        larger.load_state_dict(allmlp.load(tmp_path).state_dict())
+        assert len(larger(images)) == len(model.feature_info.channels())
 
 
 def test_directories_that_are_no_run_say_what_they_are(tmp_path: Path) -> None:

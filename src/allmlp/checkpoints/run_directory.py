@@ -229,6 +229,11 @@ def load(
     if img_size is not None or patch_kernel is not None:
         from allmlp.vision.base import VisionMLP
 
+        if isinstance(getattr(model, "model", None), VisionMLP):
+            raise UserError(
+                f"{source} holds {config['architecture']} wrapped for features: its image size cannot be changed "
+                f"afterwards. {_sized_otherwise(model)}"
+            )
         if not isinstance(model, VisionMLP):
             raise UserError(f"{source} holds no image model of allmlp: its image size cannot be changed.")
         try:
@@ -236,6 +241,16 @@ def load(
         except ValueError as error:
             raise UserError(f"{source} cannot take images of this size: {error}") from error
     return model
+
+
+def _sized_otherwise(backbone: TimmModel) -> str:
+    """How a backbone of allmlp takes images of another size, as a sentence."""
+    if not backbone.pretrained_cfg.get("fixed_input_size"):
+        return "It takes images of any size as it is: leave the size out."
+    return (
+        "Make it at that size, by timm.create_model(…, features_only=True, img_size=…), and load the weights into it: "
+        "they are resampled."
+    )
 
 
 def load_language(directory: str | Path, config: Mapping[str, Any]) -> Any:
