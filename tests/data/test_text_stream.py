@@ -133,7 +133,7 @@ def test_a_stream_goes_on_from_the_places_of_its_readers(tmp_path: Path, workers
         stream = _stream(tmp_path, masking=masking)
         stream.go_on(cut, {batch[PLACE][0]: Place(*batch[PLACE]) for batch in whole[:cut]}.values())
         rest = batches(stream)
-        assert rest[:cut] == [{}] * cut
+        assert rest[:cut] == [None] * cut
         for found, expected in zip(rest[cut:], whole[cut:], strict=True):
             assert found[PLACE] == expected[PLACE]
             assert torch.equal(found["input_ids"], expected["input_ids"])
@@ -156,5 +156,5 @@ def test_what_was_read_is_not_made_tokens_again(tmp_path: Path, monkeypatch: pyt
     # Places among other readers say nothing, and what was given is read through.
     stream.go_on(10, [Place(0, 2, *whole[9][PLACE][2:])])
     again = list(stream)
-    assert again[:10] == [{}] * 10
+    assert again[:10] == [None] * 10
     assert torch.equal(again[10]["input_ids"], whole[10]["input_ids"])

@@ -115,7 +115,7 @@ class TokenStream(IterableDataset):
         return self.batches
 
     def go_on(self, batches: int, places: Iterable[Place]) -> None:
-        """Give so many empty batches first, for a training that has had them.
+        """Give None in place of so many batches, for a training that has had them.
 
         Args:
             batches: how many.
@@ -123,7 +123,7 @@ class TokenStream(IterableDataset):
         """
         self.skipped, self.places = batches, tuple(places)
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[dict[str, Any] | None]:
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         reader, readers = self.process * workers + number, self.processes * workers
@@ -131,10 +131,10 @@ class TokenStream(IterableDataset):
         windows = self._windows(known[0] if known else Place(reader, readers))
         for index in range(number, self.batches, workers):
             if index < self.skipped and known:
-                yield {}
+                yield None
                 continue
             batch = self._batch(itertools.islice(windows, self.batch_size), index)
-            yield {} if index < self.skipped else batch
+            yield None if index < self.skipped else batch
 
     def _batch(self, windows: Iterable[tuple[np.ndarray, Place]], index: int) -> dict[str, Any]:
         drawn, (*_, place) = zip(*windows, strict=True)
