@@ -56,6 +56,18 @@ class TestTimm:
         assert found.classes is not None
         assert found.classes[1] == "goldfish, Carassius auratus"
 
+    @pytest.mark.parametrize("channels", [1, 4])
+    def test_images_of_other_channels_are_prepared_alike(self, weights: Path, tmp_path: Path, channels: int) -> None:
+        overlay = {"file": str(weights), "mean": (0.2, 0.3, 0.4), "std": (0.5, 0.5, 0.5), "interpolation": "bilinear"}
+        found = from_timm(NAME, in_chans=channels, pretrained_cfg_overlay=overlay)
+        write_run_directory(found, tmp_path / "run")
+        for model in (found.model, found.architecture.build(), allmlp.load(tmp_path / "run")):
+            cfg = model.pretrained_cfg
+            assert cfg["mean"] == pytest.approx([0.3] * channels)
+            assert list(cfg["std"]) == [0.5] * channels
+            assert tuple(cfg["input_size"]) == (channels, 224, 224)
+            assert cfg["interpolation"] == "bilinear"
+
     def test_a_new_head_has_no_names(self, weights: Path) -> None:
         found = from_timm(NAME, num_classes=3, pretrained_cfg_overlay={"file": str(weights)})
         assert found.model.num_classes == 3

@@ -116,6 +116,15 @@ def vision_architecture(
     return VisionArchitecture(name=name, num_classes=num_classes, model_args=model_args, preparation=preparation)
 
 
+def for_channels(preparation: Mapping[str, Any], channels: int) -> dict[str, Any]:
+    """`mean` and `std` of images with this many channels: where they are of another number, the average for each."""
+    statistics = {name: tuple(preparation[name]) for name in ("mean", "std")}
+    return {
+        name: values if len(values) == channels else (sum(values) / len(values),) * channels
+        for name, values in statistics.items()
+    }
+
+
 def ratio(hidden: int, width: int) -> float:
     """The `mlp_ratio` that gives a width this hidden width: `int(width · ratio) == hidden`."""
     quotient = hidden / width

@@ -10,7 +10,13 @@ import timm
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
 from allmlp.checkpoints import run_directory
-from allmlp.checkpoints.architecture import PREPARATION, Architecture, LanguageArchitecture, VisionArchitecture
+from allmlp.checkpoints.architecture import (
+    PREPARATION,
+    Architecture,
+    LanguageArchitecture,
+    VisionArchitecture,
+    for_channels,
+)
 from allmlp.checkpoints.conversion import Conversion, MissingFacts, convert_checkpoint, convert_state_dict
 from allmlp.checkpoints.timm_models import require_architecture
 from allmlp.errors import UserError
@@ -93,9 +99,13 @@ def from_timm(name: str, **arguments: Any) -> Conversion:
     cfg = original.pretrained_cfg
     facts = {"img_size": list(cfg["input_size"][1:]), "act_layer": "gelu"}
     conversion = convert_state_dict(original.state_dict(), "timm", facts)
-    preparation = {name: cfg[name] for name in PREPARATION}
-    conversion.model.pretrained_cfg.update(preparation)
     assert isinstance(conversion.architecture, VisionArchitecture)
+    preparation = {
+        **conversion.architecture.preparation,
+        **{name: cfg[name] for name in PREPARATION},
+        **for_channels(cfg, conversion.model.in_chans),
+    }
+    conversion.model.pretrained_cfg.update(preparation)
     architecture = dataclasses.replace(conversion.architecture, preparation=preparation)
     subset = infer_imagenet_subset(cfg)
     classes = None

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import set_seed
 
 from allmlp.checkpoints import run_directory
-from allmlp.checkpoints.architecture import PREPARATION, VisionArchitecture
+from allmlp.checkpoints.architecture import PREPARATION, VisionArchitecture, for_channels
 from allmlp.checkpoints.fitting import load_weights
 from allmlp.checkpoints.pretrained import Pretrained, find_pretrained
 from allmlp.checkpoints.timm_models import TimmModel, create_model
@@ -236,8 +236,7 @@ def build_model(
     channels = model_args.get("in_chans", 3)
     size = model_args.get("img_size", cfg["input_size"][-2:])
     cfg["input_size"] = (channels, *(size if isinstance(size, (tuple, list)) else (size, size)))
-    if len(cfg["mean"]) != channels:
-        cfg |= {name: (float(np.mean(cfg[name])),) * channels for name in ("mean", "std")}
+    cfg |= for_channels(cfg, channels)
     if recipe.crop_pct is not None:
         cfg["crop_pct"] = recipe.crop_pct
     model.pretrained_cfg = cfg
