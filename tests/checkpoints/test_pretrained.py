@@ -55,6 +55,15 @@ class TestTimm:
         )
         assert found.classes is not None
         assert found.classes[1] == "goldfish, Carassius auratus"
+        # Where classes shared a name, evaluation would count them as one.
+        assert found.classes[134].startswith("crane: large long-necked wading bird")
+        assert found.classes[517].startswith("crane: lifts and moves heavy objects")
+        assert len(set(found.classes)) == 1000
+
+    @pytest.mark.parametrize("subset", ["imagenet-1k", "imagenet-12k", "imagenet-21k", "imagenet-21k-miil"])
+    def test_classes_of_every_imagenet_have_names_of_their_own(self, subset: str) -> None:
+        info = timm.data.ImageNetInfo(subset)
+        assert len(set(pretrained._class_names(info))) == info.num_classes()
 
     @pytest.mark.parametrize("channels", [1, 4])
     def test_images_of_other_channels_are_prepared_alike(self, weights: Path, tmp_path: Path, channels: int) -> None:

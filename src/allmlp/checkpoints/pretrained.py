@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,15 @@ def from_timm(name: str, **arguments: Any) -> Conversion:
     subset = infer_imagenet_subset(cfg)
     classes = None
     if subset and original.num_classes == cfg["num_classes"]:
-        info = ImageNetInfo(subset)
-        classes = tuple(info.index_to_description(index) for index in range(info.num_classes()))
+        classes = _class_names(ImageNetInfo(subset))
     return dataclasses.replace(conversion, architecture=architecture, classes=classes)
+
+
+def _class_names(info: ImageNetInfo) -> tuple[str, ...]:
+    """The classes' short descriptions; the long ones of those that share one, such as cranes that lift and that fly."""
+    short, long = (
+        [info.index_to_description(index, detailed=detailed) for index in range(info.num_classes())]
+        for detailed in (False, True)
+    )
+    count = Counter(short)
+    return tuple(name if count[name] == 1 else whole for name, whole in zip(short, long, strict=True))
