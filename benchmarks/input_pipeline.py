@@ -102,11 +102,11 @@ def loader(folder: str, workers: int, batch_size: int = 128) -> Any:
 
     from allmlp.data import as_is
     from allmlp.data.image_batches import training_transform
-    from allmlp.data.image_sources import streamed
+    from allmlp.data.image_sources import find
     from allmlp.data.image_stream import ImageStream
-    from allmlp.data.shards import Share, find_shards
+    from allmlp.data.shards import Share
 
-    _, images = streamed(find_shards(folder)["train"], folder, None, None)
+    images = find(folder, streaming=True)[1]["train"]
     transform = training_transform({"input_size": (3, CROP, CROP), "mean": (0.5,) * 3, "interpolation": "bilinear"})
     share = Share(examples=len(images), batch_size=batch_size)
     stream = ImageStream(images, transform, share=share, buffer=1000, seed=0, mean=(0.5,) * 3, std=(0.5,) * 3)
