@@ -93,6 +93,15 @@ def test_neither_library_is_loaded_before_it_is_needed() -> None:
     assert result.stdout == "set()\n"
 
 
+def test_rooms_are_attributes_before_either_library_is_loaded() -> None:
+    rooms = sorted(path.parent.name for path in Path(allmlp.__file__).parent.glob("*/__init__.py"))
+    code = f"import allmlp; print([getattr(allmlp, room).__name__ for room in {rooms}])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
+    assert result.stdout.strip() == str([f"allmlp.{room}" for room in rooms])
+    with pytest.raises(AttributeError, match="no attribute 'room'"):
+        getattr(allmlp, "room")  # noqa: B009
+
+
 def test_transformers_knows_the_language_models_whatever_is_imported_first() -> None:
     code = """
 import sys

@@ -22,11 +22,15 @@ _LAZY = {
     "GMLPForTokenClassification": "allmlp.language",
     "GMLPForQuestionAnswering": "allmlp.language",
 }
+# Likewise, as attributes: `allmlp.ops.set_fused`.
+_ROOMS = ("benchmark", "checkpoints", "data", "deploy", "language", "layers", "ops", "training", "vision")
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
+    if name in _ROOMS:
+        return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
