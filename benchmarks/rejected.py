@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._inductor import config as inductor
 
+from allmlp.layers import SampleNorm
+from allmlp.layers.recomputing import activated
 from allmlp.ops import linear_onto
 from allmlp.ops.linear import linear_weight_gradient
 from allmlp.ops.products import WITHOUT_INSTRUCTIONS
@@ -54,6 +56,7 @@ def _cases(dtype: torch.dtype) -> list[tuple[str, Forms]]:
         ("GELU and gradient of 1568 × 1536", _gelu_and_gradient(dtype)),
         ("network gMLP-S, batch 8", _slices(dtype)),
         ("network gMLP-S, compiled", _compiled(dtype)),
+        ("AS-MLP's norm and MLP, compiled", _folded_norm(dtype)),
     ]
 
 
@@ -180,6 +183,32 @@ def _compiled(dtype: torch.dtype) -> Forms:
         "as it is": network(),
         "frozen weights": network(freezing=True),
         "and autotuned products": network(freezing=True, **templates),
+    }
+
+
+def _folded_norm(dtype: torch.dtype) -> Forms:
+    """A sample's mean and deviation taken out of the product of what is not normalised yet."""
+    x, norm, act = torch.randn(8, 56, 56, 96).to(dtype), SampleNorm(96).to(dtype), nn.GELU()
+    fc1, fc2 = nn.Linear(96, 384).to(dtype), nn.Linear(384, 96).to(dtype)
+    weight = fc1.weight * norm.weight
+    totals, bias = weight.float().sum(1), fc1(norm.bias).float()
+
+    def normalised(x: Tensor) -> Tensor:
+        return fc2(activated(act, fc1(norm(x))))
+
+    def folded(x: Tensor) -> Tensor:
+        variance, mean = torch.var_mean(x.float(), (1, 2, 3), correction=0)
+        scale = torch.rsqrt(variance + norm.eps)
+        offsets = torch.addmm(bias, (mean * scale)[:, None], totals[None], alpha=-1)
+        y = scale[:, None, None, None] * F.linear(x, weight) + offsets[:, None, None]
+        return fc2(activated(act, y).to(dtype))
+
+    compiled = {form: torch.compile(form, dynamic=False) for form in (normalised, folded)}
+    for form in compiled.values():
+        form(x)
+    return {
+        "normalised": lambda: compiled[normalised](x),
+        "folded into the product": lambda: compiled[folded](x),
     }
 
 
