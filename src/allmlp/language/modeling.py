@@ -13,7 +13,11 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
-from transformers.modeling_layers import GenericForQuestionAnswering, GradientCheckpointingLayer
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
@@ -450,16 +454,8 @@ class GMLPForSequenceClassification(GMLPPreTrainedModel):
         return hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
 
 
-class GMLPForTokenClassification(GMLPPreTrainedModel):
-    """A class for each token."""
-
-    def __init__(self, config: GMLPConfig) -> None:
-        super().__init__(config)
-        self.num_labels = config.num_labels or 2
-        self.model = GMLPModel(config)
-        self.dropout = nn.Dropout(config.hidden_dropout)
-        self.score = nn.Linear(config.hidden_size, self.num_labels)
-        self.post_init()
+class GMLPForTokenClassification(GenericForTokenClassification, GMLPPreTrainedModel):
+    """A class for each token; transformers' own head."""
 
     @can_return_tuple
     def forward(
@@ -468,27 +464,19 @@ class GMLPForTokenClassification(GMLPPreTrainedModel):
         attention_mask: Tensor | None = None,
         inputs_embeds: Float[Tensor, "batch tokens channels"] | None = None,
         labels: Int[Tensor, "batch tokens"] | None = None,
-        output_hidden_states: bool | None = None,
-        visibility_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> TokenClassifierOutput:
         """Score each token; the arguments are those of `GMLPModel.forward`, and `labels` one class a token or −100."""
-        outputs = self.model(
+        outputs = super().forward(
             input_ids,
-            attention_mask=attention_mask,
+            attention_mask,
             inputs_embeds=inputs_embeds,
-            output_hidden_states=output_hidden_states,
-            visibility_mask=visibility_mask,
-            use_cache=False,
-            position_ids=kwargs.get("position_ids"),
-            return_dict=True,
+            **{**kwargs, "use_cache": False, "return_dict": True},
         )
-        logits = self.score(self.dropout(outputs.last_hidden_state))
-        loss = None
         if labels is not None:
             # transformers' own head keeps the number of items, by which the Trainer wants it divided, from its loss.
-            loss = self.loss_function(logits=logits, labels=labels, config=self.config, **kwargs)
-        return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+            outputs.loss = self.loss_function(logits=outputs.logits, labels=labels, config=self.config, **kwargs)
+        return outputs
 
 
 class GMLPForQuestionAnswering(GenericForQuestionAnswering, GMLPPreTrainedModel):

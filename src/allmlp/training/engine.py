@@ -89,7 +89,7 @@ class Engine(Trainer):
         self.interruption = Interruption()
         self.divergence = Divergence(output, skip=recipe.nan == "skip")
         self.batches: list[tuple[Tensor, list[str]]] = []
-        self.places: dict[int, tuple[int, ...]] = {}
+        self.reader_places: dict[int, tuple[int, ...]] = {}
         self.place = str(output)
         self.per_example = per_example
         self.progress = Progress(unit, _per_step(recipe, per_example))
@@ -116,8 +116,10 @@ class Engine(Trainer):
         elif resume_from is not None and isinstance(data, TokenStream):
             places = stream_places(resume_from, arguments.process_index)
             if places.is_file():
-                self.places = {place[0]: place for place in json.loads(places.read_text(encoding="utf-8"))}
-            data.go_on(checkpoint_step(resume_from) * recipe.accumulate, [Place(*at) for at in self.places.values()])
+                self.reader_places = {place[0]: place for place in json.loads(places.read_text(encoding="utf-8"))}
+            data.go_on(
+                checkpoint_step(resume_from) * recipe.accumulate, [Place(*at) for at in self.reader_places.values()]
+            )
         own.append(DataEpoch([part for part in (self.order, data) if hasattr(part, "set_epoch")]))
         config: Any = model.config
         caches = vars(config).get("use_cache")
@@ -228,7 +230,7 @@ class Engine(Trainer):
         """The Trainer's step on one batch, remembered until its gradient has been looked at."""
         names = inputs.pop(NAMES, [])
         if place := inputs.pop(PLACE, None):
-            self.places[place[0]] = place
+            self.reader_places[place[0]] = place
         # Processes have as many examples each, but for one.
         self.progress.count(len(inputs["labels"]) * self.per_example * self.args.world_size)
         loss = super().training_step(model, inputs, *arguments, **settings)
@@ -291,8 +293,8 @@ class Engine(Trainer):
             super()._save_checkpoint(model, trial)
             if self.averaged:
                 self.averaged.save(unfinished)
-            if self.places:
-                write_json(stream_places(unfinished, self.args.process_index), [*self.places.values()])
+            if self.reader_places:
+                write_json(stream_places(unfinished, self.args.process_index), [*self.reader_places.values()])
             if self.is_world_process_zero():
                 if best := self.state.best_global_step:
                     self.state.best_model_checkpoint = str(checkpoint_path(output, best))
