@@ -11,8 +11,8 @@ from types import ModuleType
 def import_after(trigger: str, module: str) -> None:
     """Import `module` once `trigger` has been imported, which may be now.
 
-    It is imported when the outermost import within the trigger's package is done, and so finds nothing there that is
-    only half initialised.
+    It is imported when the outermost import within the trigger's package and its own is done, and so finds nothing in
+    either that is only half initialised.
 
     Args:
         trigger: name of a module.
@@ -25,19 +25,21 @@ def import_after(trigger: str, module: str) -> None:
 
 
 class _Watch(MetaPathFinder):
-    """Finds the modules of one package where the other finders find them, and sees when they have been executed."""
+    """Finds the modules of two packages where the other finders find them, and sees when they have been executed."""
 
     def __init__(self, trigger: str, module: str) -> None:
         self.trigger, self.module = trigger, module
-        self.package = trigger.partition(".")[0]
+        self.packages = {name.partition(".")[0] for name in (trigger, module)}
         self.depth = 0
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name.partition(".")[0] != self.package:
+        if name.partition(".")[0] not in self.packages:
             return None
-        found = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        # Those in front have been asked.
+        others = sys.meta_path[sys.meta_path.index(self) + 1 :]
+        found = (finder.find_spec(name, path, target) for finder in others)
         spec = next((spec for spec in found if spec is not None), None)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
