@@ -1,9 +1,12 @@
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.backends.debugging import aot_eager
 from torch.autograd import gradcheck, gradgradcheck
 
+from allmlp.layers import PermuteMLP
 from allmlp.ops import permute_linear, permute_linear_reference
+from tests.compilers import need_to_know_the_compiler
 from tests.tolerances import assert_close
 
 AXES = ("height", "width")
@@ -49,6 +52,51 @@ def test_first_and_second_derivatives(axis) -> None:
 def test_bias_may_be_absent(axis) -> None:
     x, weight, _ = (x.detach() for x in inputs((2, 3, 2, 8), 4, axis))
     assert_close(permute_linear(x, weight, None, 4, axis), permute_linear_reference(x, weight, None, 4, axis))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "autocast", "gradients"),
+    [
+        (torch.float32, False, False),
+        (torch.float32, True, False),
+        (torch.bfloat16, False, False),
+        (torch.bfloat16, False, True),
+        (torch.float16, False, False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("axis", AXES)
+def test_compiled(axis, dtype, autocast, gradients, unchecked) -> None:
+    graphs: list[str] = []
+
+    def backend(graph, inputs):
+        graphs.append(graph.code)
+        return aot_eager(graph, inputs)
+
+    torch.compiler.reset()
+    compiled = torch.compile(permute_linear, backend=backend, fullgraph=True, dynamic=True)
+    with torch.set_grad_enabled(gradients), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for batch in (2, 5):
+            x, weight, bias = (x.detach().to(dtype) for x in inputs((batch, 3, 2, 8), 4, axis))
+            y = compiled(x, weight, bias, 4, axis)
+            assert y.dtype == (torch.bfloat16 if autocast else dtype)
+            assert_close(y, permute_linear_reference(x, weight, bias, 4, axis))
+    need_to_know_the_compiler()
+    assert ("allmlp" in graphs[0]) == (y.element_size() == 2 and not gradients)
+
+
+def test_export_has_torch_operators_alone() -> None:
+    layer = PermuteMLP(8, (3, 2), 4).bfloat16().eval()
+    with torch.no_grad():
+        exported = torch.export.export(layer, (torch.randn(2, 3, 2, 8, dtype=torch.bfloat16),))
+    assert "allmlp" not in str(exported.graph)
+
+
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize(("shape", "segments"), SIZES, ids=str)
+def test_operator(axis, shape, segments) -> None:
+    x, weight, bias = (x.detach().bfloat16() for x in inputs(shape, segments, axis))
+    torch.library.opcheck(torch.ops.allmlp.permute_linear_by_copies.default, (x, weight, bias, segments, axis))
 
 
 def test_unknown_axis_is_refused() -> None:

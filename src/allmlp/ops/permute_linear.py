@@ -11,7 +11,8 @@ from torch import Tensor
 
 from allmlp.ops.axial_shift import Axis, check_axis
 from allmlp.ops.backends import Backend, takes_fused
-from allmlp.ops.execution import autocast
+from allmlp.ops.execution import autocast, is_compiled_inference
+from allmlp.ops.linear import linear
 from allmlp.ops.recomputing import recomputing_linear
 
 
@@ -67,6 +68,11 @@ def permute_linear(
     check_axis(axis)
     size = x.shape[1 if axis == "height" else 2]
     if not takes_fused("permute_linear", backend, x, weight, bias):
+        if x.device.type == "cpu" and is_compiled_inference():
+            given = autocast(x, weight, bias)
+            # A compiler fuses the copies of 16-bit maps with what lies around them, and walks those in a slow order.
+            if given[0].element_size() == 2:
+                return torch.ops.allmlp.permute_linear_by_copies(*given, segments, axis)
         rows = partial(segment_rows, segments=segments, axis=axis)
         return segment_map(recomputing_linear("channels", rows, (x,), weight, bias), size, axis)
     from allmlp.ops.kernels.permute_linear import permute_linear as fused
@@ -84,3 +90,21 @@ def segment_map(rows: Tensor, size: int, axis: Axis) -> Tensor:
     """The map whose `segment_rows` are these, `size` positions along `axis`."""
     order = (0, 3, 1, 2, 4) if axis == "height" else (0, 1, 3, 2, 4)
     return rows.unflatten(-1, (size, -1)).permute(order).flatten(3)
+
+
+def _by_copies(x: Tensor, weight: Tensor, bias: Tensor | None, segments: int, axis: Axis) -> Tensor:
+    size = x.shape[1 if axis == "height" else 2]
+    # One segment's map is a view.
+    return segment_map(linear(segment_rows(x, segments, axis), weight, bias), size, axis).contiguous()
+
+
+# Defined without the checks of `custom_op`, which cost time at every call.
+torch.library.define(
+    "allmlp::permute_linear_by_copies", "(Tensor x, Tensor weight, Tensor? bias, int segments, str axis) -> Tensor"
+)
+torch.library.impl("allmlp::permute_linear_by_copies", "cpu", _by_copies)
+
+
+@torch.library.register_fake("allmlp::permute_linear_by_copies")
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, segments: int, axis: str) -> Tensor:
+    return x.new_empty(x.shape)
