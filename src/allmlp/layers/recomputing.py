@@ -176,10 +176,11 @@ def is_repeatable(act: nn.Module) -> bool:
 
 def is_watched(module: nn.Module) -> bool:
     """Whether something else is called whenever `module` is: a hook, or what was put in the place of its `forward`."""
-    hooks = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or _has_any_global_hook()
+        or "forward" in module.__dict__
     )
-    return any(map(bool, hooks)) or bool(_has_any_global_hook()) or "forward" in vars(module)

@@ -307,8 +307,9 @@ def gated_feed_forward(
 ) -> Float[Tensor, "batch tokens channels"]:
     """What a block adds, `proj_out(sgu(act(proj_in(x))))` (gMLP, section 2), in the form that fits what torch does.
 
-    The halves of the expansion are two products, so that neither has to be read out of the other's rows. Backward keeps
-    both, before and behind the activation, and the gate; it computes the norm and the gated tensor again.
+    The halves of the expansion are two products, so that neither has to be read out of the other's rows; for a few
+    images without gradients the calls cost more than that. Backward keeps both, before and behind the activation, and
+    the gate; it computes the norm and the gated tensor again.
 
     Args:
         proj_in: the expansion.
@@ -335,8 +336,10 @@ def _takes_halves(sgu: nn.Module, x: Tensor) -> TypeGuard[SpatialGatingUnit]:
     """Whether nobody notices, for inputs like `x`, that the unit's `gate` is called in the unit's place."""
     if type(sgu) is not SpatialGatingUnit or not sgu.split or is_watched(sgu) or not isinstance(x, Tensor):
         return False
-    compiled = is_compiled_inference() and x.is_cpu
-    plain = compiled or is_plain_inference() or is_plain_training(x, sgu.weight)
+    if is_plain_inference():
+        plain = x.shape[:-1].numel() >= _MANY_ROWS
+    else:
+        plain = (is_compiled_inference() and x.is_cpu) or is_plain_training(x, sgu.weight)
     return plain and not takes_fused("normalized_spatial_gating", "auto", x, sgu.weight)
 
 
@@ -351,3 +354,7 @@ def _leading(x: Tensor, tokens: int, *axes: int) -> Tensor:
         else:
             x = x.narrow(axis, 0, tokens)
     return x
+
+
+# Tokens of all samples, from which on two products take less time than one, without gradients (`benchmarks/halves.py`).
+_MANY_ROWS = 1024

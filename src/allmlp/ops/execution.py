@@ -35,6 +35,8 @@ def is_plain_training(*inputs: Tensor | None) -> bool:
 
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """These tensors as torch hands them to its own products: in autocast's dtype where that is on for their device."""
+    if not (torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled()):
+        return tensors  # asked first: for one image, the questions below are a share of the time
     kind = next((x.device.type for x in tensors if isinstance(x, Tensor)), "cpu")
     # What compilers read along lies where autocast is known, and torch 2.9's cannot follow the question.
     known = kind != "meta" and (torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind))

@@ -39,7 +39,7 @@ def gelu(x: Float[Tensor, "*shape"], approximate: str = "none") -> Float[Tensor,
 def gelu_of_product(y: Tensor, approximate: str) -> Tensor:
     """The GELU of a product that nobody else reads: written over it in plain inference."""
     if type(y) is Tensor and is_plain_inference():
-        return torch.ops.aten.gelu_(y, approximate=approximate)
+        return torch._C._nn.gelu_(y, approximate=approximate)  # type: ignore[attr-defined]  (no stub)
     return gelu(y, approximate)
 
 
