@@ -76,6 +76,15 @@ def test_lists_are_no_classes(tmp_path) -> None:
         read_labelled_texts(path)
 
 
+def test_dates_are_classes_too(tmp_path) -> None:
+    path = tmp_path / "rows.jsonl"
+    # What looks like a date, datasets reads as one.
+    path.write_text('{"text": "a", "label": "2021-02-03"}\n{"text": "b", "label": "2020-01-01"}\n')
+    classes, splits = read_labelled_texts(str(path))
+    assert classes == ("2020-01-01 00:00:00", "2021-02-03 00:00:00")
+    assert splits["train"].labels.tolist() == [1, 0]
+
+
 def test_classes_of_a_csv_file_may_have_any_name(tmp_path) -> None:
     names = ["NA", "None", "10", "9", "-1"]
     path = write_table(tmp_path / "rows.csv", {"text": list("abcde"), "label": names})

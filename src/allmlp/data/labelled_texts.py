@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Number
 from typing import Any
 
 import numpy as np
@@ -113,8 +114,8 @@ def load_labelled_texts(
 
 
 def _class_order(value: Any) -> tuple[str, Any, str]:
-    """Numbers by their size, also where they are written as text."""
-    is_number = not isinstance(value, str) or (value.isascii() and value.isdecimal())
+    """Numbers by their size, also where they are written as text; all else by its kind, such as dates."""
+    is_number = value.isascii() and value.isdecimal() if isinstance(value, str) else isinstance(value, Number)
     return ("", float(value), str(value)) if is_number else (type(value).__name__, value, "")
 
 
