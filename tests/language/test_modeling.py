@@ -213,6 +213,16 @@ def test_tied_heads_share_their_weight() -> None:
     assert untied.num_parameters() == tied.num_parameters() + VOCABULARY * 10
 
 
+@pytest.mark.parametrize(("end", "learns"), [(7, True), ([3, 7], True), (3, False), (None, False)])
+def test_an_end_of_text_that_also_pads_is_learnt(end, learns) -> None:
+    model = GMLPForCausalLM(tiny_config(pad_token_id=7, eos_token_id=end, tie_word_embeddings=False))
+    ids = torch.tensor([[1, 7, 2, 7, 3]])
+    loss = model(ids, labels=ids).loss
+    loss.backward()
+    weight = model.model.embed_tokens.weight
+    assert (weight[7].any(), weight.grad[7].any()) == (learns, learns)
+
+
 @each_option
 def test_embeddings_may_be_given_in_place_of_ids(options) -> None:
     model, ids = tiny_model(GMLPForCausalLM, **options), tokens(2, 5)

@@ -135,7 +135,10 @@ class GMLPModel(GMLPPreTrainedModel):
 
     def __init__(self, config: GMLPConfig) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        # Where the end of text fills up as well, texts hold it as any other token, and its embedding is learnt.
+        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        padding = None if config.pad_token_id in ends else config.pad_token_id
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding)
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.layers = nn.ModuleList(GMLPBlock(config) for _ in range(config.num_hidden_layers))
         self.norm = (
