@@ -223,6 +223,14 @@ def test_an_end_of_text_that_also_pads_is_learnt(end, learns) -> None:
     assert (weight[7].any(), weight.grad[7].any()) == (learns, learns)
 
 
+def test_a_vocabulary_may_be_cut_in_front_of_the_padding(tmp_path) -> None:
+    model = GMLPForCausalLM(tiny_config(pad_token_id=7))
+    model.resize_token_embeddings(5)
+    model.save_pretrained(tmp_path)
+    ids = tokens(2, 5) % 5
+    torch.testing.assert_close(GMLPForCausalLM.from_pretrained(tmp_path).eval()(ids).logits, model.eval()(ids).logits)
+
+
 @each_option
 def test_embeddings_may_be_given_in_place_of_ids(options) -> None:
     model, ids = tiny_model(GMLPForCausalLM, **options), tokens(2, 5)

@@ -137,7 +137,8 @@ class GMLPModel(GMLPPreTrainedModel):
         super().__init__(config)
         # Where the end of text fills up as well, texts hold it as any other token, and its embedding is learnt.
         ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        padding = None if config.pad_token_id in ends else config.pad_token_id
+        fills_only = config.pad_token_id in range(config.vocab_size) and config.pad_token_id not in ends
+        padding = config.pad_token_id if fills_only else None
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding)
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.layers = nn.ModuleList(GMLPBlock(config) for _ in range(config.num_hidden_layers))
