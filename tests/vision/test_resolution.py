@@ -208,6 +208,19 @@ def test_input_size_follows_timms_convention(name) -> None:
         assert model(torch.randn(1, 3, 96, 48)).ndim == 2
 
 
+@pytest.mark.skipif(not hasattr(timm.models, "get_model_args"), reason="this timm saves no arguments of its models")
+def test_timm_saves_a_model_of_another_size_as_what_it_is(name, tmp_path) -> None:
+    model = random_model(name)
+    patch = 2 * model.stem.patch_size[0]
+    model.set_input_size((48, 64), patch_size=patch, patch_kernel=patch + 2)
+    timm.models.save_for_hf(model, str(tmp_path))
+    saved = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert_same(saved.state_dict(), model.state_dict())
+    images = torch.randn(1, 3, 48, 64)
+    torch.testing.assert_close(saved(images), model(images), rtol=0, atol=0)
+    assert timm.data.resolve_model_data_config(saved)["input_size"] == (3, 48, 64)
+
+
 @pytest.mark.parametrize("name", ONE_SIZE)
 def test_a_size_that_no_grid_fits_is_refused_and_changes_nothing(name) -> None:
     model = random_model(name)

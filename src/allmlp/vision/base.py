@@ -131,6 +131,17 @@ class VisionMLP(nn.Module):
         cfg = getattr(self, "pretrained_cfg", None)
         if cfg and img_size is not None:
             cfg["input_size"] = (cfg["input_size"][0], *pair(img_size, "img_size"))
+        self._record_arguments(img_size, patch_size, patch_kernel)
+
+    def _record_arguments(self, img_size: Any, *patches: Any) -> None:
+        """Where timm looks them up, the arguments that make a model of this form: it writes them beside the weights."""
+        changed: dict[str, Any] = {}
+        if img_size is not None:
+            changed["img_size"] = pair(img_size, "img_size")
+            self._traits = {**getattr(self, "_traits", {}), **changed}
+        if any(size is not None for size in patches):
+            changed |= {"patch_size": self.stem.patch_size, "patch_kernel": self.stem.kernel_size}
+        self._model_args = {**getattr(self, "_model_args", {}), **changed}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """torch's step for this module, wherever it stands in what is loaded: `resample_state_dict` comes first.
