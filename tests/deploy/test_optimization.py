@@ -230,6 +230,14 @@ def test_outputs_that_no_form_can_be_checked_against(output, message: str, image
         allmlp.optimize(Network(), image)
 
 
+def test_a_network_may_write_over_its_input(image: torch.Tensor) -> None:
+    model = nn.Sequential(nn.SiLU(inplace=True), nn.Conv2d(3, 4, 3)).eval()
+    given = image.clone()
+    form = allmlp.optimize(model, given, engine="eager")
+    torch.testing.assert_close(given, image, rtol=0, atol=0)
+    torch.testing.assert_close(form(image.clone()), model(image.clone()), rtol=0, atol=0)
+
+
 def test_an_output_of_zeros_is_equal_to_zeros(image: torch.Tensor) -> None:
     model = _model()
     nn.init.zeros_(model.head.weight)

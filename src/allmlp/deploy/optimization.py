@@ -143,13 +143,13 @@ def optimize(
     _check_model(model, examples[0].device)
     with _plain(examples[0].device), _prepared(model, names) as network:
         examples = tuple(map(_own, examples))
-        output, expected = _Output.of(network(*examples))
+        output, expected = _Output.of(network(*_copied(examples)))
         runners: dict[str, Runner] = {}
         tried: dict[str, Candidate] = {}
         for name in ENGINES if engine == "auto" else (engine,):
             try:
-                run = ENGINES[name](network, examples, dtype)
-                difference = _difference(run(*examples), expected)
+                run = ENGINES[name](network, _copied(examples), dtype)
+                difference = _difference(run(*_copied(examples)), expected)
             except Exception as reason:
                 # Whatever an engine cannot do with a network, the others may: the reason is kept with the candidate.
                 if engine != "auto":
@@ -165,7 +165,7 @@ def optimize(
     if not runners:
         raise RuntimeError("; ".join(f"{name}: {candidate.reason}" for name, candidate in tried.items()))
     with _plain(examples[0].device):
-        fastest, times = _fastest(runners, examples)
+        fastest, times = _fastest(runners, _copied(examples))
     candidates = tuple(
         Candidate(
             engine=name,
@@ -217,6 +217,11 @@ def _plain(device: torch.device) -> Iterator[None]:
 def _own(x: Tensor) -> Tensor:
     """As all inputs are: a form would be compiled anew for those that know of gradients or of inference mode."""
     return (x.clone() if x.is_inference() else x.detach()).contiguous()
+
+
+def _copied(examples: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """For a call: a network may write over what it is given."""
+    return tuple(x.clone() for x in examples)
 
 
 def _check_model(model: nn.Module, device: torch.device) -> None:
