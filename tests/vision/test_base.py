@@ -303,6 +303,23 @@ def test_initial_weights(name) -> None:
             assert (module.alpha == 1).all()
 
 
+def test_a_model_brought_from_the_meta_device_begins_as_any_other(name) -> None:
+    torch.manual_seed(0)
+    expected = timm.create_model(name)
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+    model.init_weights()
+    for key, parameter in model.named_parameters():
+        like = expected.get_parameter(key)
+        spread = like.std(correction=0).item()
+        assert parameter.std(correction=0).item() == pytest.approx(spread, rel=0.3, abs=1e-6)
+        assert parameter.mean().item() == pytest.approx(like.mean().item(), abs=spread + 1e-6)
+
+
 @pytest.mark.parametrize("img_size", [(8, 16), (24, 8)], ids=str)
 @pytest.mark.parametrize("patch_size", [(2, 4), (4, 2), 4], ids=str)
 def test_non_square_images_and_patches(name, img_size, patch_size) -> None:

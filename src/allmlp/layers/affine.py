@@ -19,5 +19,10 @@ class Affine(nn.Module):
         self.alpha = nn.Parameter(torch.ones(channels))
         self.beta = nn.Parameter(torch.zeros(channels))
 
+    def reset_parameters(self) -> None:
+        """The identity."""
+        nn.init.ones_(self.alpha)
+        nn.init.zeros_(self.beta)
+
     def forward(self, x: Float[Tensor, "*batch channels"]) -> Float[Tensor, "*batch channels"]:
         return scaled_add(self.beta, self.alpha, x)

@@ -65,12 +65,14 @@ class VisionMLP(nn.Module):
         self.grad_checkpointing = False
         self.head_drop = nn.Dropout(drop_rate)
         self.reset_classifier(num_classes, global_pool)
-        self.init_weights()
+        self.init_weights(needs_reset=False)
 
-    def init_weights(self) -> None:
+    def init_weights(self, needs_reset: bool = True) -> None:
         """Head from a truncated normal (std 0.02), other linear maps Glorot-uniform, zero biases.
 
-        Layers that are no `nn.Linear` have a rule of their own and keep it.
+        Args:
+            needs_reset: layers that are no `nn.Linear` begin anew as well, by the rule of their own; a new model has
+                just done so, one brought from the meta device by `to_empty` has not.
         """
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
@@ -80,6 +82,8 @@ class VisionMLP(nn.Module):
                     nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+            elif needs_reset and callable(reset := getattr(module, "reset_parameters", None)):
+                reset()
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that weight decay leaves alone beside the one-dimensional ones: the spatial biases."""

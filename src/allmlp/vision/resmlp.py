@@ -50,6 +50,7 @@ class ResMLPBlock(GridBound):
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
+        self.init_scale = init_scale
         self.norm1 = Affine(channels)
         self.linear_tokens = TokenLinear(tokens, tokens)
         self.ls1 = nn.Parameter(torch.full((channels,), init_scale))
@@ -57,6 +58,11 @@ class ResMLPBlock(GridBound):
         self.mlp_channels = ChannelMLP(channels, int(channels * mlp_ratio), drop=drop)
         self.ls2 = nn.Parameter(torch.full((channels,), init_scale))
         self.drop_path = DropPath(drop_path)
+
+    def reset_parameters(self) -> None:
+        """Both LayerScales at their initial value."""
+        for scale in (self.ls1, self.ls2):
+            nn.init.constant_(scale, self.init_scale)
 
     def forward(self, x: Float[Tensor, "batch height width channels"]) -> Float[Tensor, "batch height width channels"]:
         tokens = x.flatten(1, 2)
