@@ -303,6 +303,19 @@ def test_any_number_of_forms_of_one_class() -> None:
         assert not form(torch.ones(n, 4, requires_grad=True)).requires_grad
 
 
+@pytest.mark.usefixtures("graphs")
+def test_a_network_that_would_be_compiled_at_every_call_is_left_to_other_engines(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for engine in ("openvino", "onnxruntime"):
+        monkeypatch.delitem(engines.ENGINES, engine)
+    model, seen = nn.Linear(4, 4), []
+    model.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with pytest.raises(UserError, match="compile this network anew at every call"):
+        allmlp.optimize(model, torch.ones(1, 4), engine="inductor")
+    assert allmlp.optimize(model, torch.ones(1, 4)).engine == "eager"
+
+
 def test_a_form_is_compiled_once_whatever_the_process_changes(graphs: list[torch.fx.GraphModule]) -> None:
     models = [nn.Sequential(nn.Linear(4, outputs)).eval() for outputs in range(1, 10)]
     x, threads = torch.ones(1, 4), torch.get_num_threads()

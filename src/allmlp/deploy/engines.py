@@ -44,6 +44,16 @@ def inductor(model: nn.Module, examples: tuple[Tensor, ...], dtype: torch.dtype)
     # All networks of a class share one `forward`, which torch compiles for eight of them and then refuses.
     with torch._dynamo.config.patch(recompile_limit=1 << 16, accumulated_recompile_limit=1 << 16):
         run(*examples)
+        # What the first call made, such as a mask that is kept, the second one reads.
+        run(*examples)
+    try:
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            run(*examples)
+    except torch._dynamo.exc.RecompileError as error:
+        raise EngineMissingError(
+            "engine 'inductor' would compile this network anew at every call: the network, or a hook on it, counts or "
+            "collects something in Python"
+        ) from error
     return run
 
 
