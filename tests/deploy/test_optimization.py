@@ -238,6 +238,16 @@ def test_a_network_may_write_over_its_input(image: torch.Tensor) -> None:
     torch.testing.assert_close(form(image.clone()), model(image.clone()), rtol=0, atol=0)
 
 
+def test_an_output_may_hold_tensors_without_numbers(image: torch.Tensor) -> None:
+    class Network(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return 2 * x, x[:0]
+
+    got, nothing = allmlp.optimize(Network(), image, engine="eager")(image)
+    torch.testing.assert_close(got, 2 * image, rtol=0, atol=0)
+    assert nothing.shape == (0, 3, 32, 32)
+
+
 def test_an_output_of_zeros_is_equal_to_zeros(image: torch.Tensor) -> None:
     model = _model()
     nn.init.zeros_(model.head.weight)
