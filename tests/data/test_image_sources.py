@@ -198,6 +198,19 @@ def test_folders_without_class_folders_are_refused(tmp_path: Path) -> None:
         image_sources.find(str(tmp_path))
 
 
+def test_a_class_may_be_called_as_a_split_is(tmp_path: Path) -> None:
+    names = ("plane", "train", "val")
+    for name in names:
+        (tmp_path / name).mkdir()
+        picture("red").save(tmp_path / name / "00.png")
+    classes, splits = image_sources.find(str(tmp_path))
+    assert classes == names
+    assert {split: images.labels.tolist() for split, images in splits.items()} == {"train": [0, 1, 2]}
+    (tmp_path / "plane").rename(tmp_path / ".plane")
+    with pytest.raises(UserError, match=r"train holds files, but no class folders"):
+        image_sources.find(str(tmp_path))
+
+
 def test_hidden_files_and_those_of_hidden_folders_are_no_images(tmp_path: Path) -> None:
     root = write_classes(tmp_path / ".data", each=2)
     for hidden in ("red/.ipynb_checkpoints/00-checkpoint.png", "red/._00.png", "red/more/.x/y/00.png", ".git/00.png"):
