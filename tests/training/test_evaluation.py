@@ -57,6 +57,19 @@ def test_of_its_own_data_the_held_out_part_counts(run: Path) -> None:
     assert "accuracy 100.00%" in evaluation.accuracy_text(found)
 
 
+def test_data_under_the_home_folder_are_the_same_however_they_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "photos").mkdir()
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    whole, short = str(tmp_path / "photos"), "~/photos"
+    assert evaluation.same_data(whole, short)
+    assert evaluation.same_data(short, whole)
+    assert not evaluation.same_data(whole, "~/others")
+    assert not evaluation.same_data("~/others", f"{tmp_path}/others/")
+
+
 def test_a_checkpoint_in_double_precision_is_measured_in_it(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "double", ignore=shutil.ignore_patterns("checkpoint-*"))
     weights = {name: tensor.double() for name, tensor in load_file(run / "model.safetensors").items()}

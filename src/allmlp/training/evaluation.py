@@ -328,4 +328,7 @@ def same_data(first: str, second: str | None) -> bool:
     """Whether two names of data are of the same."""
     if first == second:
         return True
-    return second is not None and Path(first).exists() and Path(first).resolve() == Path(second).resolve()
+    if second is None:
+        return False
+    places = [Path(data).expanduser() for data in (first, second)]
+    return places[0].exists() and places[0].resolve() == places[1].resolve()
