@@ -75,6 +75,7 @@ def test_text_from_the_command_line_and_yaml_becomes_the_fields_type(
         ({"model_args": "depth"}, "model_args is 'depth'; it must be a YAML mapping"),
         ({"hflip": 2}, "hflip is 2.0; it must be from 0 to 1"),
         ({"holdout": 1}, "holdout is 1.0; it must be above 0 and below 1"),
+        ({"crop_pct": 0.05}, "crop_pct is 0.05; it must be from 0.1 to 1"),
     ],
 )
 def test_bad_values_are_named_with_what_is_allowed(given: dict[str, object], message: str) -> None:

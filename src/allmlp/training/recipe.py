@@ -143,7 +143,9 @@ class VisionRecipe(Recipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require("from 0 to 1", lambda v: 0 <= v <= 1, "hflip", "random_erasing", "mix_prob", "mix_switch_prob")
-        self._require("above 0 and at most 1", lambda v: 0 < v <= 1, "crop_scale", "crop_pct", "layer_decay")
+        self._require("above 0 and at most 1", lambda v: 0 < v <= 1, "crop_scale", "layer_decay")
+        # As in the configuration of a run that can be loaded.
+        self._require("from 0.1 to 1", lambda v: 0.1 <= v <= 1, "crop_pct")
         self._require("above 0 and below 1", lambda v: 0 < v < 1, "holdout")
         self._require("at least 0 and below 1", lambda v: 0 <= v < 1, "label_smoothing", "drop", "drop_path")
         self._require("at least 0", lambda v: v >= 0, "color_jitter", "mixup", "cutmix")
