@@ -76,8 +76,7 @@ def learn(make: Any, data: Any, lr: float, steps: int) -> dict[str, Any]:
 
     from allmlp.data import as_is
     from allmlp.data.text import IGNORED, Masking, TokenWindows
-    from allmlp.training.engine import Engine
-    from allmlp.training.language import parameter_groups
+    from allmlp.training.language import WindowsEngine, parameter_groups
     from allmlp.training.language_evaluation import text_loss
     from allmlp.training.recipe import MaskedRecipe, make_recipe
 
@@ -93,7 +92,7 @@ def learn(make: Any, data: Any, lr: float, steps: int) -> dict[str, Any]:
     training = TokenWindows(data.train, CONTEXT, masking=masking, seed=recipe.seed)
     held_out = TokenWindows(data.validation, CONTEXT, masking=masking)
     with tempfile.TemporaryDirectory() as folder:
-        engine = Engine(
+        engine = WindowsEngine(
             recipe, Path(folder), model, parameter_groups(model, recipe), unit="tokens", per_example=CONTEXT,
             train_dataset=training, eval_dataset=held_out, data_collator=as_is,
         )  # fmt: skip
