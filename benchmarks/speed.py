@@ -112,7 +112,9 @@ def _beside_engines(model: str, dtype: str, batch_size: int, paths: dict[str, Pa
     from allmlp.deploy.engines import ENGINES, EngineMissingError
     from allmlp.timing import time_in_turn
 
-    peer = peers_of(model)[0]
+    if not (peers := peers_of(model)):
+        raise SystemExit(f"{model} has no peer to be measured beside; those of {', '.join(ENGINE_MODELS)} are known")
+    peer = peers[0]
     ours, theirs = build_pair(peer, paths)
     difference = compare(ours, theirs, example(model, 2))
     x = example(model, batch_size)
