@@ -55,17 +55,17 @@ def test_bias_may_be_absent(axis) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "autocast", "gradients"),
+    ("axis", "dtype", "autocast", "gradients"),
     [
-        (torch.float32, False, False),
-        (torch.float32, True, False),
-        (torch.bfloat16, False, False),
-        (torch.bfloat16, False, True),
-        (torch.float16, False, False),
+        ("height", torch.float32, False, False),
+        ("width", torch.float32, True, False),
+        ("height", torch.bfloat16, False, False),
+        ("width", torch.bfloat16, False, False),
+        ("height", torch.bfloat16, False, True),
+        ("width", torch.float16, False, False),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("axis", AXES)
 def test_compiled(axis, dtype, autocast, gradients, unchecked) -> None:
     graphs: list[str] = []
 
