@@ -1,13 +1,9 @@
 """benchmarks/masked.py in short."""
 
-import importlib.util
-from pathlib import Path
-
 from allmlp.data.text import load_text
+from tests.scripts import script
 
-_SPEC = importlib.util.spec_from_file_location("masked", Path(__file__).parents[2] / "benchmarks" / "masked.py")
-benchmark = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(benchmark)
+benchmark = script("masked")
 
 
 def test_a_masked_model_learns_and_is_measured(tmp_path) -> None:

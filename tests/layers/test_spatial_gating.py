@@ -2,9 +2,10 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from allmlp.layers import SpatialGatingUnit, TinyAttention
+from allmlp.layers import SpatialGatingUnit, TinyAttention, spatial_gating
 from allmlp.layers.spatial_gating import gated_feed_forward
 from allmlp.ops import visible_tokens
 from tests.compilers import need_to_know_the_compiler
@@ -151,6 +152,19 @@ def test_feed_forward_is_its_layers_in_turn(options, given) -> None:
     assert_same_output_and_gradients(parts, x, **extra)
     with torch.no_grad():
         assert_close(gated_feed_forward(*parts, x, **extra), called_in_turn(parts, x, **extra))
+
+
+@pytest.mark.parametrize("many", [2 * TOKENS, 2 * TOKENS + 1], ids=["halves", "whole"])
+def test_feed_forward_without_gradients_is_of_two_products_from_many_tokens_on(many, monkeypatch) -> None:
+    monkeypatch.setattr(spatial_gating, "_MANY_ROWS", many)
+    parts, x = network(), torch.randn(2, TOKENS, BLOCK, dtype=torch.float64)
+    shapes: list[torch.Size] = []
+    monkeypatch.setattr(F, "linear", lambda *given, called=F.linear: shapes.append(given[1].shape) or called(*given))
+    with torch.no_grad():
+        y = gated_feed_forward(*parts, x)
+        expansion = shapes[:-1]
+        assert_close(y, called_in_turn(parts, x))
+    assert expansion == (2 * [(CHANNELS // 2, BLOCK)] if many == 2 * TOKENS else [(CHANNELS, BLOCK)])
 
 
 def test_feed_forward_of_a_plain_unit_and_the_papers_gate() -> None:

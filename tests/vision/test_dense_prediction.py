@@ -1,6 +1,5 @@
 """Segmentation and detection libraries on our features, and benchmarks/dense_prediction.py in short."""
 
-import importlib.util
 import json
 import re
 from collections.abc import Callable
@@ -17,11 +16,10 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign
 
 import allmlp
+from tests.scripts import script
 
 ROOT = Path(__file__).parents[2]
-_SPEC = importlib.util.spec_from_file_location("dense_prediction", ROOT / "benchmarks" / "dense_prediction.py")
-benchmark = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(benchmark)
+benchmark = script("dense_prediction")
 
 
 @pytest.mark.parametrize("decoder", [smp.Unet, smp.UPerNet])

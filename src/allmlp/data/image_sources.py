@@ -86,8 +86,8 @@ def folder(path: Path) -> Found:
     inside = {child.name.lower(): child for child in path.iterdir() if child.is_dir()}
     found = next((inside[name] for name in TRAIN_NAMES if name in inside), path)
     # Trains are photographed, too: a folder without class folders, beside others of its kind, is a class.
-    others = (name for name in inside if name not in (*TRAIN_NAMES, *VALIDATION_NAMES) and not name.startswith("."))
-    is_class = any(others) and not any(child.is_dir() for child in found.iterdir())
+    others = [name for name in inside if name not in (*TRAIN_NAMES, *VALIDATION_NAMES) and not is_hidden(Path(name))]
+    is_class = others and not any(child.is_dir() for child in found.iterdir())
     roots = {"train": path if is_class else found}
     if roots["train"] != path:
         validation = next((inside[name] for name in VALIDATION_NAMES if name in inside), None)
